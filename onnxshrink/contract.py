@@ -1,0 +1,161 @@
+"""What a pass is, what it is given, and what it must give back.
+
+A pass is a frozen keyword-only dataclass whose fields are its options:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sparsify(Pass):
+        name: ClassVar[str] = "sparsify"
+        sparsity: float = option(0.5, "share of weights set to zero", low=0.0, high=1.0)
+
+        def apply(self, graph: Graph, context: Context) -> Report: ...
+
+It edits the graph it is given, which is its own copy, and answers for every candidate site with a `Change` or a `Skip`. It writes
+into no array (arrays are frozen and shared between copies), logs nothing, prints nothing, reads no file and uses no global
+randomness: same input and seed, same bytes. `onnxshrink.testing.check_pass` holds any pass to this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import numpy as np
+
+from onnxshrink.graph.ir import Graph
+from onnxshrink.options import check_options
+
+__all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip"]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_PassT = TypeVar("_PassT", bound="Pass")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One site that a pass rewrote.
+
+    Attributes:
+        site: model-wide name of the tensor, or of the node's first output.
+        bytes_before: bytes in the file that the site's tensors and nodes took.
+        bytes_after: bytes that what replaces them takes.
+        detail: one line for people.
+    """
+
+    site: str
+    bytes_before: int
+    bytes_after: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One site that a pass left exactly as it was, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass did: every candidate site once, in ``changes`` or in ``skips``; ``notes`` for the rest."""
+
+    changes: Sequence[Change] = ()
+    skips: Sequence[Skip] = ()
+    notes: Sequence[str] = ()
+
+
+class Activations(Protocol):
+    """Calibration data, seen from a pass. Nothing runs before `samples` is called."""
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+
+    def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, np.ndarray[Any, np.dtype[Any]]]]:
+        """Yields, for each calibration sample, the values of the named tensors of the main graph, by name."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Options for the sites whose tensor or node names match a glob; the last matching rule wins, option by option.
+
+    Attributes:
+        match: shell-style pattern, case-sensitive, e.g. ``*/layer4/*``.
+        options: constructor arguments of the pass that differ for these sites.
+        skip: leave these sites alone.
+    """
+
+    match: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skip: bool = False
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether any of the names fits the pattern."""
+        return any(fnmatch.fnmatchcase(name, self.match) for name in names)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use beside the graph.
+
+    Attributes:
+        seed: of all randomness.
+        rules: per-site options.
+        activations: calibration data, or None.
+        executor: for parallel work, or None to work in this thread.
+        progress: called with the number of sites done and their total.
+    """
+
+    seed: int = 0
+    rules: Sequence[Rule] = ()
+    activations: Activations | None = None
+    executor: Executor | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+    def options(self, default: _PassT, names: Iterable[str]) -> _PassT | None:
+        """Returns the pass with the options that hold for a site of these names, or None when a rule skips it."""
+        names = list(names)
+        chosen: dict[str, Any] = {}
+        skip = False
+        for rule in self.rules:
+            if rule.matches(names):
+                skip = rule.skip
+                chosen.update(rule.options)
+        return None if skip else dataclasses.replace(default, **chosen)
+
+    def rng(self, site: str) -> np.random.Generator:
+        """Returns a generator that depends on the seed and the site alone, not on the order of work."""
+        return np.random.default_rng([self.seed, zlib.crc32(site.encode())])
+
+    def map(self, function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
+        """Returns the results in order, computed by the executor, and reports progress as they come."""
+        results = []
+        for result in (self.executor.map if self.executor else map)(function, items):
+            results.append(result)
+            self.progress(len(results), len(items))
+        return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A rewrite of the graph. Subclasses are frozen keyword-only dataclasses whose fields are declared with `option`."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_options(self.name, self)
+
+    @abstractmethod
+    def apply(self, graph: Graph, context: Context) -> Report:
+        """Edits the graph in place and reports every candidate site."""
+
+    def weaker(self) -> Self | None:
+        """Returns a gentler variant to try when the result is past the tolerance, or None."""
+        return None

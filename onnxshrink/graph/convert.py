@@ -1,0 +1,330 @@
+"""ModelProto to `Graph` and back, with nothing lost.
+
+Every message is split in two: the fields that passes edit become objects, all others go to a ``residue`` message of the same
+type and are merged back on the way out. What is modelled is listed in one table, so a field added to ONNX tomorrow is carried
+and not dropped. Fields that the installed onnx package cannot even name make the model refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+from onnxshrink.errors import UnsupportedModelError
+from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
+from onnxshrink.graph.storage import Stored, element_type, locate
+
+__all__ = ["from_model", "inline_tensor", "to_model"]
+
+_MODELLED = {
+    onnx.ModelProto: {"ir_version", "graph", "functions"},
+    onnx.GraphProto: {"name", "node", "initializer", "sparse_initializer", "input", "output", "value_info"},
+    onnx.FunctionProto: {"name", "node", "input", "output"},
+    onnx.NodeProto: {"name", "op_type", "domain", "input", "output", "attribute"},
+}
+_FIRST_IR_WITH_PLAIN_INITIALIZERS = 4  # before it, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
+
+_M = TypeVar("_M", bound=Message)
+TensorWriter = Callable[[Constant], TensorProto]
+
+
+def from_model(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
+    """Returns the graph of a model. The message is only read, but tensors keep referring to its parts.
+
+    Args:
+        model: a model whose external data, if any, has not been loaded.
+        folder: where its external data lies.
+
+    Raises:
+        ModelReadError: external data is missing or out of bounds.
+        UnsupportedModelError: something in the model could not be written back.
+    """
+    if model.training_info:
+        raise UnsupportedModelError("model: training_info would be lost; export the model for inference")
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    graph = _Reader(folder, opsets.get("", opsets.get("ai.onnx", 1)), {}).graph(model.graph)
+    graph.model = _residue(model)
+    graph.ir_version = model.ir_version
+    for function in model.functions:
+        imports = {entry.domain: entry.version for entry in function.opset_import}
+        graph.local_functions.append(_Reader(folder, imports.get("", graph.opset), {}).function(function))
+    return graph
+
+
+def to_model(graph: Graph, write_tensor: TensorWriter | None = None) -> onnx.ModelProto:
+    """Returns the model of a graph.
+
+    Args:
+        graph: the main graph; only read.
+        write_tensor: makes the TensorProto of a constant; the default puts all values into the message.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    write = write_tensor or inline_tensor
+    _write_graph(graph, model.graph, write)
+    listed = {tensor.name for tensor in graph.inputs}
+    plain = any(constant.holder is None and constant.name not in listed for constant in graph.constants)
+    model.ir_version = max(graph.ir_version, _FIRST_IR_WITH_PLAIN_INITIALIZERS if plain else 0)
+    for function in graph.local_functions:
+        _write_function(function, model.functions.add(), write)
+    return model
+
+
+def inline_tensor(constant: Constant) -> TensorProto:
+    """Returns the TensorProto of a dense constant with its values inside the message; untouched ones as they were read."""
+    stored = constant.stored
+    if stored is None or isinstance(stored.tensor, onnx.SparseTensorProto):
+        return numpy_helper.from_array(constant.values, constant.name)
+    if stored.external is None:
+        return stored.tensor
+    tensor = TensorProto()
+    tensor.CopyFrom(stored.tensor)
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = stored.external.read()
+    return tensor
+
+
+class _Reader:
+    """Reads one scope; ``outer`` are the tensors of the scopes around it."""
+
+    def __init__(self, folder: Path | None, opset: int, outer: dict[str, Tensor]) -> None:
+        self.folder = folder
+        self.opset = opset
+        self.outer = outer
+        self.local: dict[str, Tensor] = {}
+        self.constants: list[Constant] = []
+
+    def graph(self, proto: onnx.GraphProto) -> Graph:
+        graph = Graph(proto.name, self.opset, _residue(proto))
+        infos: dict[str, onnx.ValueInfoProto] = {}
+        for info in [*proto.value_info, *proto.input, *proto.output]:
+            infos[info.name] = info
+        for initializer in [*proto.initializer, *proto.sparse_initializer]:
+            self.constant(initializer, infos)
+        for info in proto.input:
+            graph.inputs.append(self.local.get(info.name) or self.variable(info.name, infos))
+        self.fill(graph, proto.node, infos)
+        graph.outputs = [self.resolve(info.name, infos) for info in proto.output]
+        graph.residue.value_info.extend(info for info in proto.value_info if info.name not in self.local)
+        return graph
+
+    def function(self, proto: onnx.FunctionProto) -> Graph:
+        graph = Graph(proto.name, self.opset, _residue(proto))
+        graph.inputs = [self.variable(name, {}) for name in proto.input]
+        self.fill(graph, proto.node, {})
+        graph.outputs = [self.resolve(name, {}) for name in proto.output]
+        return graph
+
+    def fill(self, graph: Graph, nodes: Iterable[onnx.NodeProto], infos: dict[str, onnx.ValueInfoProto]) -> None:
+        nodes = list(nodes)
+        for node in nodes:  # outputs first: a node of an unsorted graph may read what a later one writes
+            if _is_tensor_holder(node):
+                self.constant(node, infos)
+                continue
+            for name in filter(None, node.output):
+                self.variable(name, infos)
+        graph.nodes = [self.node(node) for node in nodes if not _is_tensor_holder(node)]
+        graph.constants = self.constants
+
+    def constant(
+        self, proto: TensorProto | onnx.SparseTensorProto | onnx.NodeProto, infos: dict[str, onnx.ValueInfoProto]
+    ) -> None:
+        holder = _residue(proto, **_header(proto)) if isinstance(proto, onnx.NodeProto) else None
+        tensor = proto.attribute[0].t if isinstance(proto, onnx.NodeProto) else proto
+        if isinstance(tensor, onnx.SparseTensorProto):
+            name, external = tensor.values.name, None
+        else:
+            name, external = tensor.name, locate(tensor, self.folder)
+        if isinstance(proto, onnx.NodeProto):
+            name = proto.output[0]
+        self.declare(name, constant := Constant(name, Stored(tensor, external), infos.get(name), holder))
+        self.constants.append(constant)
+
+    def variable(self, name: str, infos: dict[str, onnx.ValueInfoProto]) -> Variable:
+        info = infos.get(name)
+        variable = Variable(name, *_type_of(info), info=info)
+        self.declare(name, variable)
+        return variable
+
+    def declare(self, name: str, tensor: Tensor) -> None:
+        if name in self.local:
+            raise UnsupportedModelError(f"model: tensor '{name}' must be defined once, got a second definition")
+        self.local[name] = tensor
+
+    def resolve(self, name: str, infos: dict[str, onnx.ValueInfoProto]) -> Tensor:
+        tensor = self.local.get(name) or self.outer.get(name)
+        if tensor is None:
+            raise UnsupportedModelError(f"model: tensor '{name}' is read, but no node, input or initializer defines it")
+        if tensor.info is None and name in infos:
+            tensor.info = infos[name]
+        return tensor
+
+    def node(self, proto: onnx.NodeProto) -> Node:
+        inputs = [self.resolve(name, {}) if name else Variable("") for name in proto.input]
+        outputs = [self.local[name] if name else Variable("") for name in proto.output]
+        attrs = {attribute.name: self.attribute(attribute, proto) for attribute in proto.attribute}
+        domain = proto.domain if proto.HasField("domain") else None
+        residue = _residue(proto, **{name: value for name, value in _header(proto).items() if not value})
+        return Node(
+            proto.op_type, inputs, outputs, attrs, proto.name, domain, residue if residue.ByteSize() else None
+        )
+
+    def attribute(self, proto: AttributeProto, node: onnx.NodeProto) -> Any:
+        _refuse_unknown_fields(proto)
+        if proto.type == AttributeProto.GRAPH and not proto.ref_attr_name:
+            return _Reader(self.folder, self.opset, {**self.outer, **self.local}).graph(proto.g)
+        if proto.type == AttributeProto.GRAPHS:
+            raise UnsupportedModelError(
+                f"node '{node.name or node.op_type}': a list of graphs in attribute '{proto.name}' would be lost"
+            )
+        value = helper.get_attribute_value(proto) if not proto.ref_attr_name else None
+        for candidate in (value, _decoded(value)):  # a plain Python value where it writes back to the same message
+            if isinstance(candidate, int | float | str) or (candidate and isinstance(candidate, list)):
+                try:
+                    if helper.make_attribute(proto.name, candidate) == proto:
+                        return candidate
+                except (TypeError, ValueError):
+                    continue
+        return proto
+
+
+def _write_graph(graph: Graph, proto: onnx.GraphProto, write: TensorWriter) -> None:
+    assert isinstance(graph.residue, onnx.GraphProto)
+    proto.CopyFrom(graph.residue)
+    proto.name = graph.name
+    for constant in graph.constants:
+        if constant.holder is not None:
+            _write_holder(constant, proto.node.add(), write)
+        elif constant.stored is not None and isinstance(constant.stored.tensor, onnx.SparseTensorProto):
+            proto.sparse_initializer.append(constant.stored.tensor)
+        else:
+            proto.initializer.append(write(constant))
+            proto.initializer[-1].name = constant.name
+    for node in graph.nodes:
+        _write_node(node, proto.node.add(), write)
+    proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
+    proto.output.extend(_value_info(tensor) for tensor in graph.outputs)
+    borders = {id(tensor) for tensor in [*graph.inputs, *graph.outputs]}
+    inner: list[Tensor] = [*graph.constants, *(tensor for node in graph.nodes for tensor in node.outputs)]
+    proto.value_info.extend(
+        _value_info(tensor)
+        for tensor in inner
+        if tensor.info is not None and tensor.name and id(tensor) not in borders
+    )
+
+
+def _write_function(graph: Graph, proto: onnx.FunctionProto, write: TensorWriter) -> None:
+    assert isinstance(graph.residue, onnx.FunctionProto)
+    proto.CopyFrom(graph.residue)
+    proto.name = graph.name
+    proto.input.extend(tensor.name for tensor in graph.inputs)
+    proto.output.extend(tensor.name for tensor in graph.outputs)
+    for constant in graph.constants:
+        _write_holder(constant, proto.node.add(), write)
+    for node in graph.nodes:
+        _write_node(node, proto.node.add(), write)
+
+
+def _write_holder(constant: Constant, proto: onnx.NodeProto, write: TensorWriter) -> None:
+    if constant.holder is not None:
+        proto.CopyFrom(constant.holder)
+    proto.op_type = "Constant"
+    proto.output.append(constant.name)
+    proto.attribute.add(name="value", type=AttributeProto.TENSOR).t.CopyFrom(write(constant))
+
+
+def _write_node(node: Node, proto: onnx.NodeProto, write: TensorWriter) -> None:
+    if node.residue is not None:
+        proto.CopyFrom(node.residue)
+    proto.op_type = node.op
+    if node.name:
+        proto.name = node.name
+    if node.domain is not None:
+        proto.domain = node.domain
+    proto.input.extend(tensor.name for tensor in node.inputs)
+    proto.output.extend(tensor.name for tensor in node.outputs)
+    for name, value in node.attrs.items():
+        if isinstance(value, AttributeProto):
+            proto.attribute.append(value)
+        elif isinstance(value, Graph):
+            _write_graph(value, proto.attribute.add(name=name, type=AttributeProto.GRAPH).g, write)
+        else:
+            proto.attribute.append(helper.make_attribute(name, value))
+
+
+def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+    """Returns the message it was read from while dtype and shape still agree with it, else a new one."""
+    if tensor.info is not None and (isinstance(tensor, Constant) or _type_of(tensor.info) == (tensor.dtype, tensor.shape)):
+        return tensor.info
+    if tensor.dtype is None:
+        return onnx.ValueInfoProto(name=tensor.name)
+    return helper.make_tensor_value_info(tensor.name, helper.np_dtype_to_tensor_dtype(tensor.dtype), tensor.shape)
+
+
+def _type_of(info: onnx.ValueInfoProto | None) -> tuple[np.dtype[Any] | None, tuple[int | str | None, ...] | None]:
+    """Returns (dtype, shape) of a dense tensor type, None for what is not said or not a dense tensor."""
+    if info is None or info.type.WhichOneof("value") != "tensor_type":
+        return None, None
+    tensor = info.type.tensor_type
+    dtype = element_type(tensor.elem_type) if tensor.elem_type else None
+    if not tensor.HasField("shape"):
+        return dtype, None
+    dims = tensor.shape.dim
+    return dtype, tuple(getattr(dim, kind) if (kind := dim.WhichOneof("value")) else None for dim in dims)
+
+
+def _is_tensor_holder(node: onnx.NodeProto) -> bool:
+    """Whether this is a Constant node that holds one dense tensor of its own."""
+    return (
+        node.op_type == "Constant"
+        and node.domain in ("", "ai.onnx")
+        and [(a.name, a.type, a.ref_attr_name) for a in node.attribute] == [("value", AttributeProto.TENSOR, "")]
+    )
+
+
+def _residue(message: _M, **keep: Any) -> _M:
+    """Returns a message of the same type with only the fields that are not modelled, plus ``keep``."""
+    _refuse_unknown_fields(message)
+    residue = type(message)(**keep)
+    for field, value in message.ListFields():
+        if field.name in _MODELLED[type(message)]:  # type: ignore[index]  # called for the four types of the table
+            continue
+        if field.is_repeated:
+            getattr(residue, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(residue, field.name).CopyFrom(value)
+        else:
+            setattr(residue, field.name, value)
+    return residue
+
+
+def _header(node: onnx.NodeProto) -> dict[str, str]:
+    """Returns the name and domain that are present, empty or not: an exporter's empty name is written back."""
+    return {field: getattr(node, field) for field in ("name", "domain") if node.HasField(field)}
+
+
+def _refuse_unknown_fields(message: Message) -> None:
+    if len(UnknownFieldSet(message)):
+        raise UnsupportedModelError(
+            f"model: a {message.DESCRIPTOR.name} has fields unknown to onnx {onnx.__version__}; upgrade the onnx package"
+        )
+
+
+def _decoded(value: Any) -> Any:
+    """Returns bytes, or a list of them, as text where they are UTF-8."""
+    try:
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, list) and value and isinstance(value[0], bytes):
+            return [item.decode() for item in value]
+    except UnicodeDecodeError:
+        return value
+    return value
