@@ -30,7 +30,7 @@ import numpy as np
 from onnxshrink.graph.ir import Graph
 from onnxshrink.options import check_options
 
-__all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip"]
+__all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip", "Step"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -118,6 +118,12 @@ class Context:
     activations: Activations | None = None
     executor: Executor | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    _met: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @property
+    def unmet_rules(self) -> list[str]:
+        """The globs that no site asked about has matched so far: misspelt ones must not pass in silence."""
+        return [rule.match for rule in self.rules if rule.match not in self._met]
 
     def options(self, default: _PassT, names: Iterable[str]) -> _PassT | None:
         """Returns the pass with the options that hold for a site of these names, or None when a rule skips it."""
@@ -126,6 +132,7 @@ class Context:
         skip = False
         for rule in self.rules:
             if rule.matches(names):
+                self._met.add(rule.match)
                 skip = rule.skip
                 chosen.update(rule.options)
         return None if skip else dataclasses.replace(default, **chosen)
@@ -159,3 +166,11 @@ class Pass(ABC):
     def weaker(self) -> Self | None:
         """Returns a gentler variant to try when the result is past the tolerance, or None."""
         return None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass and the rules that change its options for some sites."""
+
+    run: Pass
+    rules: Sequence[Rule] = ()

@@ -21,7 +21,7 @@ from onnxshrink.errors import UnsupportedModelError
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 from onnxshrink.graph.storage import Stored, element_type, locate
 
-__all__ = ["from_model", "inline_tensor", "to_model"]
+__all__ = ["from_model", "framed_bytes", "inline_tensor", "is_tensor_holder", "node_message", "shell_tensor", "tensor_bytes", "to_model"]
 
 _MODELLED = {
     onnx.ModelProto: {"ir_version", "graph", "functions"},
@@ -92,6 +92,36 @@ def inline_tensor(constant: Constant) -> TensorProto:
     return tensor
 
 
+def tensor_bytes(constant: Constant) -> int:
+    """Returns the bytes of the message that `inline_tensor` would make."""
+    stored = constant.stored
+    if stored is not None and stored.external is None:
+        return stored.tensor.ByteSize()
+    return shell_tensor(constant).ByteSize() + framed_bytes(constant.nbytes)
+
+
+def framed_bytes(payload: int) -> int:
+    """Returns the bytes of a length-delimited protobuf field: a tag of one byte, the length as a varint, the payload."""
+    length, rest = 1, payload
+    while rest >= 128:
+        length, rest = length + 1, rest >> 7
+    return 1 + length + payload
+
+
+def shell_tensor(constant: Constant) -> TensorProto:
+    """Returns the TensorProto of a constant without its values."""
+    return TensorProto(
+        name=constant.name, dims=constant.shape, data_type=helper.np_dtype_to_tensor_dtype(constant.dtype)
+    )
+
+
+def node_message(node: Node, write_tensor: TensorWriter | None = None) -> onnx.NodeProto:
+    """Returns the NodeProto of a node, its bodies included."""
+    proto = onnx.NodeProto()
+    _write_node(node, proto, write_tensor or inline_tensor)
+    return proto
+
+
 class _Reader:
     """Reads one scope; ``outer`` are the tensors of the scopes around it."""
 
@@ -126,12 +156,12 @@ class _Reader:
     def fill(self, graph: Graph, nodes: Iterable[onnx.NodeProto], infos: dict[str, onnx.ValueInfoProto]) -> None:
         nodes = list(nodes)
         for node in nodes:  # outputs first: a node of an unsorted graph may read what a later one writes
-            if _is_tensor_holder(node):
+            if is_tensor_holder(node):
                 self.constant(node, infos)
                 continue
             for name in filter(None, node.output):
                 self.variable(name, infos)
-        graph.nodes = [self.node(node) for node in nodes if not _is_tensor_holder(node)]
+        graph.nodes = [self.node(node) for node in nodes if not is_tensor_holder(node)]
         graph.constants = self.constants
 
     def constant(
@@ -281,7 +311,7 @@ def _type_of(info: onnx.ValueInfoProto | None) -> tuple[np.dtype[Any] | None, tu
     return dtype, tuple(getattr(dim, kind) if (kind := dim.WhichOneof("value")) else None for dim in dims)
 
 
-def _is_tensor_holder(node: onnx.NodeProto) -> bool:
+def is_tensor_holder(node: onnx.NodeProto) -> bool:
     """Whether this is a Constant node that holds one dense tensor of its own."""
     return (
         node.op_type == "Constant"

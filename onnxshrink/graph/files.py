@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from onnxshrink.errors import ModelReadError, OutputError
-from onnxshrink.graph.convert import from_model, inline_tensor, to_model
+from onnxshrink.graph.convert import framed_bytes, from_model, inline_tensor, shell_tensor, tensor_bytes, to_model
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.storage import Stored
 
-__all__ = ["MAX_MESSAGE_BYTES", "ModelSource", "atomic_file", "load", "model_bytes", "save", "source_paths"]
+__all__ = ["MAX_MESSAGE_BYTES", "ModelSource", "atomic_file", "check_output", "load", "materialised", "model_bytes", "save", "source_paths"]
 
 ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto
 MAX_MESSAGE_BYTES = 2**31 - 1
@@ -83,16 +83,25 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> int:
         return file.tell() + data.tell()
 
 
+@contextlib.contextmanager
+def materialised(graph: Graph) -> Iterator[tuple[onnx.ModelProto | str, int]]:
+    """Gives a model as a message, or as the path of a temporary file when it is too large for one, and its bytes."""
+    if not _needs_external(graph):
+        model = to_model(graph)
+        yield model, model.ByteSize()
+        return
+    with tempfile.TemporaryDirectory(prefix="onnxshrink-") as folder:
+        path = os.path.join(folder, "model.onnx")
+        yield path, save(graph, path)
+
+
 def model_bytes(graph: Graph) -> int:
-    """Returns the bytes of the model with all its tensors, without building them."""
-
-    def shell(constant: Constant) -> TensorProto:
-        tensor = TensorProto(name=constant.name, dims=constant.shape)
-        tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
-        return tensor
-
-    return to_model(graph, shell).ByteSize() + sum(
-        constant.nbytes for scope in graph.scopes() for constant in scope.graph.constants
+    """Returns the bytes of the model with all its tensors inside, without building it; exact to a few length bytes."""
+    constants = [constant for scope in graph.scopes() for constant in scope.graph.constants]
+    shell_bytes = {id(constant): TensorProto(name=constant.name).ByteSize() for constant in constants}
+    shells = to_model(graph, lambda constant: TensorProto(name=constant.name)).ByteSize()
+    return shells + sum(
+        framed_bytes(tensor_bytes(constant)) - framed_bytes(shell_bytes[id(constant)]) for constant in constants
     )
 
 
@@ -102,9 +111,30 @@ def source_paths(graph: Graph) -> set[Path]:
     return {item.external.path for item in stored if item is not None and item.external is not None}
 
 
+def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Checks, before any long work, that a result can be written there.
+
+    Args:
+        path: of the result.
+        inputs: files that it must not replace.
+
+    Raises:
+        OutputError: the folder is missing or not writable, the path is a folder, or it is one of the inputs.
+    """
+    target = Path(path)
+    if any(os.path.realpath(target) == os.path.realpath(source) for source in inputs):
+        raise OutputError(f"{target}: the output must not be the input; choose another name")
+    with atomic_file(target, replace=False):
+        pass
+
+
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[BinaryIO]:
     """Opens a binary file under a temporary name in the same folder; renames it on success, removes it on any failure.
+
+    Args:
+        path: of the file in the end.
+        replace: False only tries whether the place can be written, and leaves nothing.
 
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full.
@@ -119,6 +149,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file  # type: ignore[misc]  # the wrapper has BinaryIO's methods
             file.flush()
             os.fsync(file.fileno())
+        if not replace:
+            return
         os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private; results follow the user's umask
         os.replace(temporary, target)
     except OSError as error:
@@ -143,12 +175,8 @@ class _ExternalWriter:
             tensor = inline_tensor(constant)
             if constant.nbytes < _SMALL_TENSOR_BYTES or not tensor.HasField("raw_data"):
                 return tensor
-        reference = TensorProto(
-            name=constant.name,
-            dims=constant.shape,
-            data_type=onnx.helper.np_dtype_to_tensor_dtype(constant.dtype),
-            data_location=TensorProto.EXTERNAL,
-        )
+        reference = shell_tensor(constant)
+        reference.data_location = TensorProto.EXTERNAL
         if stored is not None and isinstance(stored.tensor, TensorProto):
             reference.doc_string = stored.tensor.doc_string
             reference.metadata_props.extend(stored.tensor.metadata_props)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxshrink.errors import ModelReadError, UnsupportedModelError
 
-__all__ = ["External", "Stored", "element_type", "locate", "raw_nbytes"]
+__all__ = ["External", "Stored", "element_type", "is_float", "locate", "raw_nbytes"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -107,6 +107,11 @@ def element_type(data_type: int) -> np.dtype[Any]:
         raise UnsupportedModelError(
             f"model: tensor element type {data_type} is not known to onnx {onnx.__version__}; upgrade the onnx package"
         ) from error
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is a floating-point type of at least 16 bits, ml_dtypes' bfloat16 included."""
+    return dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def raw_nbytes(size: int, dtype: np.dtype[Any]) -> int:

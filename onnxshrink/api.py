@@ -1,0 +1,301 @@
+"""The front door: compress, verify, expand, inspect, bench and load a demo, as library calls.
+
+    from onnxshrink import compress, Tolerance
+    from onnxshrink.passes.share_weights import ShareWeights
+
+    result = compress("model.onnx", [ShareWeights(bits=6)], calibration="inputs.npz", tolerance=Tolerance(min_sqnr_db=30))
+    result.save("small.onnx")
+    print(result.report.ratio, result.report.outputs)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import onnx
+
+from onnxshrink import __version__
+from onnxshrink.calibrate import Calibration
+from onnxshrink.contract import Pass, Step
+from onnxshrink.graph.check import strictest_level
+from onnxshrink.graph.coded import expand_coded
+from onnxshrink.graph.convert import to_model
+from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.files import ModelSource, load, materialised, save
+from onnxshrink.graph.ir import Graph
+from onnxshrink.inspection import Inspection, inspect_graph
+from onnxshrink.inputs import InputSource, Samples, read_inputs
+from onnxshrink.latency import LatencyReport
+from onnxshrink.latency import bench as measure_latency
+from onnxshrink.pipeline import Candidate, Settings, run_steps
+from onnxshrink.recipe import Recipe, default_recipe
+from onnxshrink.report import CompressionReport
+from onnxshrink.runtime import Session, session
+from onnxshrink.synthetic import synthetic_samples
+from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
+
+__all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expand", "inspect", "verify"]
+
+Progress = Callable[[str, int, int], None]
+_SYNTHETIC_SAMPLES = 8
+_HELD_OUT_SHARE = 0.25  # of the given inputs: passes never see what the result is judged on
+_PACKAGES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model and what was done to it."""
+
+    graph: Graph
+    report: CompressionReport
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Writes the model, atomically, and returns its bytes, external data included.
+
+        Raises:
+            OutputError: the place cannot be written, or it is the input.
+        """
+        return save(self.graph, path)
+
+    def to_model(self) -> onnx.ModelProto:
+        """Returns the model as a message; only for models under 2 GiB."""
+        return to_model(self.graph)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a candidate compares with its original, and which limit it breaks, if any.
+
+    Attributes:
+        comparison: metrics per output.
+        violation: one line, or None when every limit holds.
+        inputs: where the samples came from.
+        synthetic: whether they were made up.
+        bytes_before: of the original.
+        bytes_after: of the candidate.
+    """
+
+    comparison: Comparison
+    violation: str | None
+    inputs: str
+    synthetic: bool
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain dicts, lists, strings and finite numbers; what was compared stands at the top level."""
+        plain = asdict(self)
+        return {**plain.pop("comparison"), **plain}
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A model with dense weights, and the sites that were stored as codes."""
+
+    graph: Graph
+    sites: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Writes the model, atomically, and returns its bytes."""
+        return save(self.graph, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures without the graph."""
+        return {"sites": list(self.sites), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+
+
+def compress(
+    model: ModelSource,
+    passes: Recipe | Sequence[Pass | Step] | None = None,
+    *,
+    calibration: InputSource | None = None,
+    tolerance: Tolerance | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compresses a model; the input is never changed.
+
+    Args:
+        model: a path, the bytes of a file, or a ModelProto.
+        passes: passes or steps in order, or a recipe; by default tidy and 8-bit weight sharing, held to 30 dB SQNR.
+        calibration: inputs as `onnxshrink.inputs.read_inputs` takes them. A quarter is held out to judge the result. Without
+            any, seeded synthetic inputs are made, and the report says that they prove less.
+        tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
+        metrics: your own measures by name, f(outputs of the original, outputs of the result) -> float; reported, not limited.
+        seed: of all randomness: same input, seed and version give the same bytes.
+        progress: called with what is being done, the part done and the total (0 when unknown).
+
+    Raises:
+        ModelError: the model cannot be read, or ONNX Runtime cannot run it.
+        InputsError: the calibration inputs do not fit the model.
+        OptionError: an option or a limit is out of range.
+    """
+    recipe = _as_recipe(passes)
+    limits = tolerance if tolerance is not None else recipe.tolerance
+    report_progress = progress or _silent
+    graph = load(model)
+    report_progress("running the original", 0, 0)
+    with session(graph, role="original") as running:
+        samples, synthetic = _samples(graph, running, calibration, seed)
+        given, judged = _split(samples) if not synthetic else (None, samples)
+        reference = Reference(graph, judged, running=running)
+    with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor:
+        level, complaint = strictest_level(original)
+        start = Candidate(graph, nbytes, compare(reference, original, metrics=metrics))
+        settings = Settings(
+            reference=reference,
+            metrics=metrics or {},
+            tolerance=limits,
+            level=level,
+            seed=seed,
+            activations=Calibration(given) if given is not None else None,
+            executor=executor,
+            progress=report_progress,
+        )
+        result, steps = run_steps(start, recipe.steps, settings)
+    report = CompressionReport(
+        model=_name(model, graph),
+        bytes_before=nbytes,
+        bytes_after=result.nbytes,
+        tolerance=limits,
+        inputs=samples.source,
+        validation_samples=len(judged),
+        calibration_samples=len(given) if given is not None else 0,
+        synthetic=synthetic,
+        seed=seed,
+        passes=steps,
+        outputs=result.comparison.outputs,
+        accuracy=result.comparison.accuracy,
+        metrics=result.comparison.metrics,
+        notes=_notes(synthetic, limits, complaint, start.comparison, given, judged),
+        versions={"onnxshrink": __version__, **{package: version(package) for package in _PACKAGES}},
+    )
+    return Compressed(result.graph, report)
+
+
+def verify(
+    original: ModelSource,
+    candidate: ModelSource,
+    *,
+    inputs: InputSource | None = None,
+    tolerance: Tolerance | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compares a candidate with its original, on given inputs or on synthetic ones; arguments as for `compress`.
+
+    Raises:
+        ModelError: the original cannot be read or run.
+        ValidationError: the candidate cannot be run, or has other outputs.
+        InputsError: the inputs do not fit the original.
+    """
+    limits = tolerance or Tolerance()
+    first, second = load(original), load(candidate)
+    with session(first, role="original") as running:
+        samples, synthetic = _samples(first, running, inputs, seed)
+        reference = Reference(first, samples, running=running)
+    comparison = compare(reference, second, metrics=metrics)
+    violation = comparison.failure or limits.violation(comparison)
+    return Verification(comparison, violation, samples.source, synthetic, _nbytes(first), _nbytes(second))
+
+
+def expand(model: ModelSource) -> Expanded:
+    """Returns the model with every coded weight as a plain dense tensor again.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    graph = load(model)
+    before = _nbytes(graph)
+    sites = tuple(coded.site for coded in expand_coded(graph))
+    sort_nodes(graph)
+    return Expanded(graph, sites, before, _nbytes(graph))
+
+
+def inspect(model: ModelSource, *, progress: Progress | None = None) -> Inspection:
+    """Returns what is in a model, weight by weight, and what each pass would do with it.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    graph = load(model)
+    return inspect_graph(graph, _name(model, graph), progress or _silent)
+
+
+def bench(
+    a: ModelSource, b: ModelSource, *, inputs: InputSource | None = None, threads: int = 1, seconds: float = 5.0, seed: int = 0
+) -> LatencyReport:
+    """Measures two models on the same inputs, in interleaved runs.
+
+    Raises:
+        ModelError: one of them cannot be read or run.
+        InputsError: the inputs do not fit the first.
+    """
+    first, second = load(a), load(b)
+    with session(first, role="original") as running:
+        samples, _ = _samples(first, running, inputs, seed)
+    return measure_latency(first, second, samples, seconds=seconds, threads=threads)
+
+
+def _as_recipe(passes: Recipe | Sequence[Pass | Step] | None) -> Recipe:
+    if passes is None:
+        return default_recipe()
+    if isinstance(passes, Recipe):
+        return passes
+    return Recipe(tuple(item if isinstance(item, Step) else Step(item) for item in passes))
+
+
+def _samples(graph: Graph, running: Session, inputs: InputSource | None, seed: int) -> tuple[Samples, bool]:
+    """Returns the samples, and whether they are synthetic."""
+    if inputs is not None:
+        return read_inputs(inputs, running.inputs), False
+    return synthetic_samples(graph, running, _SYNTHETIC_SAMPLES, seed), True
+
+
+def _split(samples: Samples) -> tuple[Samples | None, Samples]:
+    """Returns (for passes, for judging); a single sample is for judging."""
+    if len(samples) < 2:
+        return None, samples
+    return samples.split(1 - _HELD_OUT_SHARE)
+
+
+def _notes(
+    synthetic: bool, limits: Tolerance, complaint: str | None, itself: Comparison, given: Samples | None, judged: Samples
+) -> list[str]:
+    notes = []
+    if synthetic:
+        notes.append("inputs are synthetic: they show that the result runs, and little of its quality; pass real ones as calibration")
+    elif given is None:
+        notes.append(f"only {len(judged)} input was given: it judges the result, and passes worked without calibration data")
+    if not limits.is_set:
+        notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")
+    if complaint is not None:
+        notes.append(f"the original itself does not pass the ONNX checker, so the result is held to less: {complaint}")
+    if any(output.max_abs > 0 for output in itself.outputs):
+        notes.append("the original does not reproduce its own outputs on the same inputs; small differences mean nothing")
+    return notes
+
+
+def _name(model: ModelSource, graph: Graph) -> str:
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Reports progress to nobody."""
+
+
+def _nbytes(graph: Graph) -> int:
+    with materialised(graph) as (_, nbytes):
+        return nbytes
+
+
+def _workers() -> int:
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,263 @@
+"""The command line: arguments in, text and an exit code out.
+
+Exit codes: 0 done; 2 usage, inputs or output place; 3 a pass that was asked for did not stay within the limits (the best found is
+written all the same); 4 validation failed; 5 the model cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from onnxshrink.errors import OptionError, ShrinkError, must
+
+if TYPE_CHECKING:
+    from onnxshrink.recipe import Recipe
+    from onnxshrink.validate import Tolerance
+
+__all__ = ["app", "main"]
+
+_P = ParamSpec("_P")
+_TRACEBACK_VARIABLE = "ONNXSHRINK_TRACEBACK"
+_TARGET_MISSED, _INVALID, _INTERRUPTED = 3, 4, 130
+
+app = typer.Typer(
+    name="onnxshrink",
+    help="Makes ONNX models smaller and faster after training, and proves that they still work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
+OutPath = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+MinSqnr = Annotated[float | None, typer.Option(metavar="DB", help="Least SQNR of any output, in dB.")]
+MaxDrift = Annotated[float | None, typer.Option(metavar="X", help="Greatest relative L2 error of any output.")]
+MinAgreement = Annotated[float | None, typer.Option(metavar="F", help="Least share of equal top-1 classes, 0 to 1.")]
+InputsPath = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Inputs: .npz, a folder of .npz, or ONNX test_data_set folders.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of all randomness.")]
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Turns every failure into one line on stderr and the right exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ShrinkError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", _INTERRUPTED)
+        except MemoryError:
+            _fail("out of memory; nothing was written", 1)
+        except Exception as error:  # the last resort: a person gets a line, and a way to get more
+            if os.environ.get(_TRACEBACK_VARIABLE):
+                traceback.print_exc()
+            _fail(f"internal error: {type(error).__name__}: {error}; {_TRACEBACK_VARIABLE}=1 shows where", 1)
+
+    return guarded
+
+
+@app.command()
+@_guarded
+def compress(
+    model: ModelPath,
+    output: OutPath,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Passes and limits from a TOML file.")] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", metavar="NAME[:key=value,...]", help="A pass to run, after those of the recipe; repeatable."),
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Sample inputs: .npz, a folder of .npz, or test_data_set folders.")
+    ] = None,
+    min_sqnr: MinSqnr = None,
+    max_drift: MaxDrift = None,
+    min_agreement: MinAgreement = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json|.md", help="Write the full report.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model and check the result against the original.
+
+    Without --recipe and --pass it tidies the graph and shares weights at 8 bits, held to 30 dB SQNR.
+    """
+    from onnxshrink import api, tables
+    from onnxshrink.graph.files import atomic_file, check_output
+
+    check_output(output, inputs=[model])
+    if report is not None:
+        _check_report_path(report)
+    chosen, limits = _plan(recipe, passes or [], min_sqnr, max_drift, min_agreement)
+    with _progress(as_json) as progress:
+        result = api.compress(model, chosen, calibration=calib, tolerance=limits, seed=seed, progress=progress)
+        result.save(output)
+    if report is not None:
+        text = result.report.to_json() + "\n" if report.suffix == ".json" else result.report.to_markdown()
+        with atomic_file(report) as file:
+            file.write(text.encode())
+    _show(as_json, {"output": str(output), **result.report.to_dict()}, lambda: tables.compression(result.report))
+    if not result.report.target_reached:
+        raise typer.Exit(_TARGET_MISSED)
+
+
+@app.command()
+@_guarded
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model as it was.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
+    inputs: InputsPath = None,
+    min_sqnr: MinSqnr = None,
+    max_drift: MaxDrift = None,
+    min_agreement: MinAgreement = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models on the same inputs; exit code 4 when a limit is broken."""
+    from onnxshrink import api, tables
+    from onnxshrink.validate import Tolerance
+
+    limits = Tolerance(min_sqnr, max_drift, min_agreement)
+    result = api.verify(original, candidate, inputs=inputs, tolerance=limits, seed=seed)
+    _show(as_json, result.to_dict(), lambda: tables.verification(result, limits))
+    if result.violation is not None:
+        _fail(result.violation, _INVALID)
+
+
+@app.command()
+@_guarded
+def inspect(model: ModelPath, as_json: AsJson = False) -> None:
+    """Show the weights of a model: bytes, zeros, entropy, work, and which passes would act on them."""
+    from onnxshrink import api, tables
+
+    with _progress(as_json) as progress:
+        found = api.inspect(model, progress=progress)
+    _show(as_json, found.to_dict(), lambda: tables.inspection(found))
+
+
+@app.command()
+@_guarded
+def expand(model: ModelPath, output: OutPath, as_json: AsJson = False) -> None:
+    """Write a model with plain dense weights, undoing weight sharing."""
+    from onnxshrink import api, tables
+    from onnxshrink.graph.files import check_output
+
+    check_output(output, inputs=[model])
+    result = api.expand(model)
+    result.save(output)
+    _show(as_json, {"output": str(output), **result.to_dict()}, lambda: tables.expansion(result))
+
+
+@app.command()
+@_guarded
+def bench(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The model to compare with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The model to compare.")],
+    inputs: InputsPath = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads within an op.")] = 1,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0.1, help="How long to measure.")] = 5.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of two models in interleaved runs."""
+    from onnxshrink import api, tables
+
+    result = api.bench(a, b, inputs=inputs, threads=threads, seconds=seconds, seed=seed)
+    _show(as_json, {"a": str(a), "b": str(b), **asdict(result)}, lambda: tables.latency(result, str(a), str(b)))
+
+
+@app.command("passes")
+@_guarded
+def list_passes(as_json: AsJson = False) -> None:
+    """List the passes with their options, ranges and defaults."""
+    from onnxshrink import tables
+    from onnxshrink.registry import describe_passes
+
+    described = describe_passes()
+    _show(as_json, {"passes": [asdict(info) for info in described]}, lambda: tables.passes(described))
+
+
+@app.command()
+@_guarded
+def demo(as_json: AsJson = False) -> None:
+    """Compress a small trained model that comes with the package, and show its accuracy before and after."""
+    from onnxshrink import tables
+    from onnxshrink.demo import run_demo
+
+    with _progress(as_json) as progress:
+        result = run_demo(progress)
+    _show(as_json, result.to_dict(), lambda: tables.demo(result))
+
+
+def _plan(
+    recipe_path: Path | None, texts: list[str], min_sqnr: float | None, max_drift: float | None, min_agreement: float | None
+) -> tuple[Recipe, Tolerance]:
+    """Returns what to run and the limits: those of the command line, else the recipe's, else the default's."""
+    from onnxshrink.contract import Step
+    from onnxshrink.recipe import Recipe, default_recipe, parse_pass, read_recipe
+    from onnxshrink.validate import Tolerance
+
+    extra = tuple(Step(parse_pass(text)) for text in texts)
+    if recipe_path is not None:
+        base = read_recipe(recipe_path)
+    else:
+        base = Recipe(()) if extra else default_recipe()
+    given = Tolerance(min_sqnr, max_drift, min_agreement)
+    chosen = Recipe((*base.steps, *extra), base.tolerance)
+    return chosen, given if given.is_set else base.tolerance
+
+
+def _check_report_path(path: Path) -> None:
+    from onnxshrink.graph.files import check_output
+
+    if path.suffix not in (".json", ".md"):
+        raise OptionError(must("--report", "file name", "one that ends in .json or .md", path.name))
+    check_output(path)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a callback that draws a bar on stderr while it is a terminal, and does nothing elsewhere."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+
+def _show(as_json: bool, plain: dict[str, Any], table: Callable[[], Any]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    else:
+        Console().print(table())
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
+    sys.stderr.write(message + "\n")
+    raise typer.Exit(code)

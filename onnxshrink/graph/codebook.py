@@ -1,0 +1,170 @@
+"""Weights stored as a codebook and small codes, in standard ops that ONNX Runtime folds while a session starts.
+
+    codes uint8 ── Cast ── Gather(codebook) ── W                      one codebook for the tensor
+    codes ── Cast ── Add(offsets) ── Gather(codebooks) ── W           one codebook per output channel
+    codes ── Cast ── Sub(zero point) ── Mul(scale) ── W               a uniform grid per output channel
+
+Codes of 1, 2 or 4 bits are packed 8, 4 or 2 to a byte and unpacked with integer Div and Mod; 3, 5, 6 and 7 bits are the sum of
+such planes, so b bits cost b bits at every opset from 7 on. ONNX Runtime folds a node only when its output shape is static and its
+inputs are constant (constant_folding.cc), and not when the output is over 1 GiB, so a tensor whose 4-byte indices would be larger
+is refused.
+
+Ops used and their first opsets (onnx/docs/Changelog.md): Cast 6, Gather 1, Add, Sub, Mul, Div 7, Reshape 5, Slice 1 or 10, Mod 10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from onnxshrink.graph.edit import Fragment, NameSource
+from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
+
+__all__ = ["FIRST_OPSET", "MAX_FOLDED_ELEMENTS", "Codebook", "UniformGrid", "coded_weight"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
+
+FIRST_OPSET = 7
+_NAMED_AFTER_WEIGHT = ("codebook", "codes", "scale", "zero_point")  # the rest get short names: names are bytes too
+MAX_FOLDED_ELEMENTS = 2**30 // 4  # constant_folding.cc: outputs over 1 GiB are not folded; indices are int32
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Values by code.
+
+    Attributes:
+        values: [k] for the whole tensor, or [channels, k].
+        axis: the tensor's axis that the rows of ``values`` belong to; None for one codebook.
+    """
+
+    values: Array
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """value = (code - zero_point) · scale, in float32, per channel or for the whole tensor.
+
+    Attributes:
+        scale: [channels] float32.
+        zero_point: [channels] float32, whole numbers.
+        axis: the tensor's axis that channels lie on; None for one grid, with [1] scale and zero point.
+    """
+
+    scale: Array
+    zero_point: Array
+    axis: int | None
+
+
+def coded_weight(
+    constant: Constant, codes: Uint8s, bits: int, values: Codebook | UniformGrid, scope: Graph, names: NameSource
+) -> Fragment:
+    """Returns nodes and constants that compute a constant from its codes.
+
+    Args:
+        constant: what is to be replaced; gives name, shape and dtype.
+        codes: uint8, same shape, all below 2**bits.
+        bits: 1 to 8.
+        values: what the codes stand for.
+        scope: the graph it will be a part of, for the opset.
+        names: gives tensor names.
+    """
+    builder = _Builder(constant.name, scope, names)
+    indices = builder.codes(codes, bits)
+    if isinstance(values, UniformGrid):
+        shape = _broadcast_shape(constant.shape, values.axis)
+        zero_point = builder.constant("zero_point", values.zero_point.astype(np.float32).reshape(shape))
+        scale = builder.constant("scale", values.scale.astype(np.float32).reshape(shape))
+        result = builder.node("Mul", [builder.node("Sub", [builder.cast(indices, np.float32), zero_point]), scale])
+        if constant.dtype != np.float32:
+            result = builder.cast(result, constant.dtype)
+    else:
+        indices = builder.cast(indices, np.int32)
+        if values.axis is not None:
+            channels, length = values.values.shape
+            shape = _broadcast_shape(constant.shape, values.axis)
+            offsets = builder.constant("offsets", (np.arange(channels) * length).astype(np.int32).reshape(shape))
+            indices = builder.node("Add", [indices, offsets])
+        codebook = builder.constant("codebook", values.values.astype(constant.dtype).reshape(-1))
+        result = builder.node("Gather", [codebook, indices])
+    assert isinstance(result, Variable)
+    builder.fragment.output = result
+    return builder.fragment
+
+
+def _broadcast_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """Returns the shape in which one number per channel meets the tensor; a single number is a scalar."""
+    if axis is None:
+        return ()
+    return tuple(dim if index == axis else 1 for index, dim in enumerate(shape))
+
+
+class _Builder:
+    """Makes the nodes of one fragment, in order."""
+
+    def __init__(self, stem: str, scope: Graph, names: NameSource) -> None:
+        self.stem = stem
+        self.opset = scope.opset
+        self.names = names
+        self.fragment = Fragment(Variable(""))
+
+    def codes(self, codes: Uint8s, bits: int) -> Tensor:
+        """Returns the tensor of codes, in their shape; uint8 as stored, or int32 as unpacked."""
+        if bits == 8:
+            return self.constant("codes", codes)
+        widths = [width for width in (4, 2, 1) if bits & width]  # the binary digits of ``bits`` are the planes
+        padded = np.zeros(-(-codes.size // (8 // widths[-1])) * (8 // widths[-1]), np.uint8)  # whole bytes in every plane
+        padded[: codes.size] = codes.reshape(-1)
+        total, shift = self.plane(padded & (2 ** widths[0] - 1), widths[0]), widths[0]
+        for width in widths[1:]:
+            digits = self.plane((padded >> shift) & (2**width - 1), width)
+            weight = self.constant("weight", np.array(2**shift, np.int32))
+            total, shift = self.node("Add", [total, self.node("Mul", [digits, weight])]), shift + width
+        if padded.size > codes.size:
+            total = self.head(total, codes.size)
+        return self.node("Reshape", [total, self.constant("shape", np.array(codes.shape, np.int64))])
+
+    def plane(self, digits: Uint8s, width: int) -> Tensor:
+        """Packs digits of ``width`` bits, first digit lowest, and returns the int32 vector of them unpacked."""
+        shifts = (np.arange(8 // width) * width).astype(np.uint8)
+        packed = np.bitwise_or.reduce(digits.reshape(-1, shifts.size) << shifts, axis=1)
+        words = self.cast(self.constant("codes", packed.reshape(-1, 1)), np.int32)
+        powers = self.constant("powers", 2 ** shifts.astype(np.int32).reshape(1, -1))
+        digits_by_byte = self.modulo(self.node("Div", [words, powers]), 2**width)
+        return self.node("Reshape", [digits_by_byte, self.constant("flat", np.array([-1], np.int64))])
+
+    def modulo(self, tensor: Tensor, base: int) -> Tensor:
+        divisor = self.constant("base", np.array(base, np.int32))
+        if self.opset >= 10:
+            return self.node("Mod", [tensor, divisor])
+        multiple = self.node("Mul", [self.node("Div", [tensor, divisor]), divisor])
+        return self.node("Sub", [tensor, multiple])
+
+    def head(self, tensor: Tensor, size: int) -> Tensor:
+        """Returns the first ``size`` elements of a vector."""
+        if self.opset < 10:
+            return self.node("Slice", [tensor], {"starts": [0], "ends": [size]})
+        start, end = (self.constant(name, np.array([at], np.int64)) for name, at in (("start", 0), ("end", size)))
+        return self.node("Slice", [tensor, start, end])
+
+    def cast(self, tensor: Tensor, dtype: Any) -> Tensor:
+        if tensor.dtype == np.dtype(dtype):
+            return tensor
+        return self.node("Cast", [tensor], {"to": helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}, np.dtype(dtype))
+
+    def constant(self, role: str, values: Array) -> Constant:
+        named = role in _NAMED_AFTER_WEIGHT
+        constant = Constant(self.names.fresh(f"{self.stem}.{role}" if named else role), values)
+        self.fragment.constants.append(constant)
+        return constant
+
+    def node(self, op: str, inputs: list[Tensor], attrs: dict[str, Any] | None = None, dtype: Any = None) -> Variable:
+        output = Variable(self.names.fresh(op.lower()), dtype or inputs[0].dtype)
+        self.fragment.nodes.append(Node(op, inputs, [output], attrs))
+        return output

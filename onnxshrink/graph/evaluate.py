@@ -1,0 +1,71 @@
+"""Computes nodes that read only constants, with the reference implementation of the onnx package.
+
+Used to fold constants and to expand coded weights. The ops are limited to those whose result is exact (integer arithmetic,
+movement of elements) or a single IEEE rounding per element (float Cast, Add, Sub, Mul), so every implementation agrees on
+every bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from onnxshrink.graph.convert import node_message
+from onnxshrink.graph.ir import Constant, Graph, Node, Variable
+
+__all__ = ["EXACT_OPS", "evaluate", "is_computable", "result_elements"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+EXACT_OPS = frozenset(
+    "Add Cast Concat Div Equal Flatten Gather Greater Identity Less Mod Mul Neg Not Reshape Shape Slice Split Squeeze Sub "
+    "Transpose Unsqueeze Where".split()
+)
+_BROADCASTING_OPS = ("Add", "Div", "Equal", "Greater", "Less", "Mod", "Mul", "Sub", "Where")
+_INTEGER_ONLY = ("Div", "Mod")  # of floats, ONNX Runtime may multiply by a reciprocal, and Mod needs fmod
+
+
+def is_computable(node: Node) -> bool:
+    """Whether all inputs of a node are constants and its result does not depend on the implementation."""
+    if node.op not in EXACT_OPS or not node.is_standard or any(True for _ in node.bodies()):
+        return False
+    if any(isinstance(value, onnx.AttributeProto) and value.ref_attr_name for value in node.attrs.values()):
+        return False
+    constants = [tensor for tensor in node.inputs if tensor.name]
+    if not all(isinstance(tensor, Constant) and tensor.dtype != object for tensor in constants):
+        return False
+    return node.op not in _INTEGER_ONLY or all(np.issubdtype(tensor.dtype, np.integer) for tensor in constants)
+
+
+def result_elements(node: Node) -> int:
+    """Returns an upper bound of the elements that a computable node puts out, so that nobody computes an outer product."""
+    shapes = [tensor.shape for tensor in node.inputs if isinstance(tensor, Constant)]
+    if node.op in _BROADCASTING_OPS:
+        return math.prod(np.broadcast_shapes(*shapes))
+    if node.op == "Gather":
+        table, indices = shapes
+        return math.prod(indices) * math.prod(table) // max(1, table[int(node.attrs.get("axis", 0))])
+    return sum(math.prod(shape) for shape in shapes) + len(shapes[0] if shapes else ())
+
+
+def evaluate(node: Node, scope: Graph) -> list[tuple[Variable, Array]]:
+    """Returns the named outputs of a node whose inputs are constants, each with its values.
+
+    Args:
+        node: accepted by `is_computable`.
+        scope: the graph it belongs to, for the opset version.
+    """
+    outputs = [tensor for tensor in node.outputs if isinstance(tensor, Variable) and tensor.name]
+    inputs = {tensor.name: tensor.values for tensor in node.inputs if isinstance(tensor, Constant)}
+    graph = onnx.GraphProto(
+        name="node",
+        node=[node_message(node)],
+        input=[onnx.ValueInfoProto(name=name) for name in inputs],
+        output=[onnx.ValueInfoProto(name=tensor.name) for tensor in outputs],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", scope.opset)])
+    return list(zip(outputs, map(np.asarray, ReferenceEvaluator(model).run(None, inputs)), strict=True))

@@ -1,0 +1,148 @@
+"""Recipes: which passes run, in what order, with which options and rules, and how much error is accepted.
+
+    format = 1
+    [tolerance]
+    min-sqnr = 30.0
+    [[pass]]
+    name = "share-weights"
+    options = { bits = 6 }
+    [[pass.rule]]
+    match = "*/layer4/*"
+    options = { bits = 8 }
+
+Every level is strict: an unknown key is an error that suggests the nearest known one.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxshrink.contract import Pass, Rule, Step
+from onnxshrink.errors import OptionError, RecipeError, must
+from onnxshrink.options import convert_options, did_you_mean, parse_options
+from onnxshrink.registry import pass_class
+from onnxshrink.validate import Tolerance
+
+__all__ = ["FORMAT", "Recipe", "default_recipe", "parse_pass", "parse_recipe", "read_recipe"]
+
+FORMAT = 1
+_LIMITS = {"min-sqnr": "min_sqnr_db", "max-drift": "max_drift", "min-agreement": "min_agreement"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order, and the error that is accepted after each of them."""
+
+    steps: tuple[Step, ...]
+    tolerance: Tolerance = Tolerance()
+
+
+def default_recipe() -> Recipe:
+    """Returns what `compress` does when nothing is asked: tidy, then 8-bit weight sharing, held to 30 dB."""
+    steps = (Step(pass_class("tidy")()), Step(pass_class("share-weights")()))
+    return Recipe(steps, Tolerance(min_sqnr_db=30.0))
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, is no TOML, or says something that cannot be meant.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"recipe {path}: cannot be read: {reason}") from error
+    return parse_recipe(text, f"recipe {path}")
+
+
+def parse_recipe(text: str, owner: str = "recipe") -> Recipe:
+    """Returns the recipe that a TOML text describes.
+
+    Args:
+        text: the TOML.
+        owner: named in errors.
+
+    Raises:
+        RecipeError: as for `read_recipe`.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{owner}: not valid TOML: {error}") from error
+    try:
+        _check_keys(owner, table, {"format": int, "tolerance": dict, "pass": list})
+        if table.get("format") != FORMAT:
+            raise RecipeError(must(owner, "format", str(FORMAT), table.get("format", "nothing"), "write: format = 1"))
+        steps = tuple(_step(f"{owner}, pass {number}", entry) for number, entry in enumerate(table.get("pass", []), 1))
+        return Recipe(steps, _tolerance(f"{owner}, tolerance", table.get("tolerance", {})))
+    except RecipeError:
+        raise
+    except OptionError as error:
+        raise RecipeError(str(error)) from error
+
+
+def parse_pass(text: str) -> Pass:
+    """Returns the pass that ``NAME[:key=value,...]`` describes.
+
+    Raises:
+        RegistryError: no pass of that name.
+        OptionError: an option that does not exist, does not parse or is out of range.
+    """
+    name, _, rest = text.partition(":")
+    cls = pass_class(name.strip())
+    options: dict[str, str] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(must(f"--pass {name}", "options", "key=value pairs, parted by commas", repr(pair)))
+        if key.strip() in options:
+            raise OptionError(f"--pass {name}: option '{key.strip()}' is given twice")
+        options[key.strip()] = value.strip()
+    return cls(**parse_options(name, cls, options))
+
+
+def _step(owner: str, entry: Any) -> Step:
+    _check_keys(owner, entry, {"name": str, "options": dict, "rule": list})
+    if "name" not in entry:
+        raise RecipeError(f"{owner}: name must be given, e.g. name = \"share-weights\"")
+    cls = pass_class(entry["name"])
+    owner = f"{owner} ({entry['name']})"
+    instance = cls(**convert_options(owner, cls, entry.get("options", {})))
+    return Step(instance, tuple(_rule(f"{owner}, rule {n}", cls, rule) for n, rule in enumerate(entry.get("rule", []), 1)))
+
+
+def _rule(owner: str, cls: type[Pass], entry: Any) -> Rule:
+    _check_keys(owner, entry, {"match": str, "options": dict, "skip": bool})
+    if "match" not in entry:
+        raise RecipeError(f"{owner}: match must be given, e.g. match = \"*/layer4/*\"")
+    options = convert_options(owner, cls, entry.get("options", {}), per_site=True)
+    cls(**options)  # range checks now, not in the middle of a run
+    return Rule(entry["match"], options, entry.get("skip", False))
+
+
+def _tolerance(owner: str, entry: Mapping[str, Any]) -> Tolerance:
+    _check_keys(owner, entry, dict.fromkeys(_LIMITS, (int, float)))
+    return Tolerance(**{_LIMITS[key]: float(value) for key, value in entry.items()})
+
+
+def _check_keys(owner: str, entry: Any, known: Mapping[str, type | tuple[type, ...]]) -> None:
+    if not isinstance(entry, dict):
+        raise RecipeError(must(owner, "entry", "a table", repr(entry)))
+    for key, value in entry.items():
+        if key not in known:
+            raise RecipeError(f"{owner}: unknown key '{key}'; {did_you_mean(key, known)}")
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
+            raise RecipeError(must(owner, key, f"a {_names(known[key])}", repr(value)))
+
+
+def _names(kinds: type | tuple[type, ...]) -> str:
+    words = {dict: "table", list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+    each: Iterable[type] = kinds if isinstance(kinds, tuple) else (kinds,)
+    return " or ".join(dict.fromkeys(words[kind] for kind in each))

@@ -1,0 +1,166 @@
+"""What was done to a model, what was left alone and why, and how far the outputs moved: for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from onnxshrink.contract import Change, Skip
+from onnxshrink.validate import Accuracy, OutputMetrics, Tolerance
+
+__all__ = ["CompressionReport", "Outcome", "PassReport", "format_bytes", "skip_counts"]
+
+Outcome = Literal["kept", "weakened", "unchanged", "dropped"]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One step of a compression.
+
+    Attributes:
+        name: of the pass.
+        options: what it ran with in the end.
+        outcome: kept as asked; weakened to stay within the tolerance; unchanged, because no site could be changed; or dropped.
+        reason: why it was weakened or dropped, else empty.
+        bytes_before: bytes of the model before the step.
+        bytes_after: bytes of the model after it.
+        seconds: wall-clock time, validation included.
+        changes: sites that were rewritten; empty when the pass was dropped.
+        skips: sites that were left as they were.
+        notes: what else is worth knowing.
+        outputs: the outputs after this step, compared with the original's.
+    """
+
+    name: str
+    options: dict[str, Any]
+    outcome: Outcome
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    changes: Sequence[Change] = ()
+    skips: Sequence[Skip] = ()
+    notes: Sequence[str] = ()
+    outputs: Sequence[OutputMetrics] = ()
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A whole compression.
+
+    Attributes:
+        model: how the original was named.
+        bytes_before: bytes of the original, external data included.
+        bytes_after: bytes of the result.
+        tolerance: the limits that held after every pass.
+        inputs: where validation inputs came from.
+        validation_samples: how many inputs the outputs were compared on.
+        calibration_samples: how many other inputs passes could use; disjoint from the former.
+        synthetic: whether the inputs were made up, which proves less.
+        seed: of all randomness.
+        passes: in order.
+        outputs: the result's outputs, compared with the original's.
+        accuracy: of both models, where labels came with the inputs.
+        metrics: the user's own measures by name.
+        notes: warnings about the whole.
+        versions: of the packages that matter.
+    """
+
+    model: str
+    bytes_before: int
+    bytes_after: int
+    tolerance: Tolerance
+    inputs: str
+    validation_samples: int
+    calibration_samples: int
+    synthetic: bool
+    seed: int
+    passes: Sequence[PassReport]
+    outputs: Sequence[OutputMetrics]
+    accuracy: Accuracy | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the result is."""
+        return self.bytes_before / max(1, self.bytes_after)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether every pass that was asked for was kept, if only weakened."""
+        return all(step.outcome != "dropped" for step in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain dicts, lists, strings and finite numbers."""
+        return {"ratio": self.ratio, "target_reached": self.target_reached, **asdict(self)}
+
+    def to_json(self) -> str:
+        """Returns the report as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown, every change and skip included."""
+        lines = [
+            f"# {self.model}",
+            "",
+            f"{format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)} ({self.ratio:.2f}x smaller)",
+            "",
+            f"Validated on {self.validation_samples} inputs: {self.inputs}. Limits: {self.tolerance}.",
+            "",
+            *_table(
+                ["output", "SQNR dB", "cosine", "max abs error", "agreement"],
+                [[o.name, f"{o.sqnr_db:.1f}", f"{o.cosine:.6f}", f"{o.max_abs:.3g}", _percent(o.agreement)] for o in self.outputs],
+            ),
+            *(f"- {note}" for note in self.notes),
+        ]
+        for step in self.passes:
+            options = ", ".join(f"{key}={value}" for key, value in step.options.items())
+            lines += ["", f"## {step.name} ({options}): {step.outcome}", ""]
+            lines += [step.reason, ""] if step.reason else []
+            lines += [f"{format_bytes(step.bytes_before)} → {format_bytes(step.bytes_after)} in {step.seconds:.1f} s", ""]
+            lines += _table(
+                ["site", "before", "after", "change"],
+                [[c.site, str(c.bytes_before), str(c.bytes_after), c.detail] for c in step.changes],
+            )
+            lines += _table(["site", "left as it was, because"], [[skip.site, skip.reason] for skip in step.skips])
+            lines += [f"- {note}" for note in step.notes]
+        return "\n".join(lines) + "\n"
+
+
+def format_bytes(count: int) -> str:
+    """Returns a size for people, in decimal units.
+
+    >>> format_bytes(830_000), format_bytes(12)
+    ('830.0 KB', '12 B')
+    """
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable: the last unit takes every size")
+
+
+def skip_counts(skips: Sequence[Skip]) -> list[tuple[str, int, str]]:
+    """Returns (reason, how often, first site) for each reason, most frequent first."""
+    first: dict[str, str] = {}
+    for skip in skips:
+        first.setdefault(skip.reason, skip.site)
+    return [(reason, count, first[reason]) for reason, count in Counter(skip.reason for skip in skips).most_common()]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Returns a Markdown table, or nothing for no rows; a pipe within a cell is escaped."""
+    if not rows:
+        return []
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *escaped]] + [""]

@@ -1,0 +1,168 @@
+"""Reports as tables in a terminal; every function returns something rich can print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from onnxshrink.report import CompressionReport, PassReport, format_bytes, skip_counts
+
+if TYPE_CHECKING:
+    from onnxshrink.api import Expanded, Verification
+    from onnxshrink.inspection import Inspection, WeightInfo
+    from onnxshrink.latency import LatencyReport
+    from onnxshrink.registry import PassInfo
+    from onnxshrink.validate import Accuracy, OutputMetrics, Tolerance
+
+__all__ = ["accuracy", "compression", "expansion", "inspection", "latency", "outputs", "passes", "verification"]
+
+_STYLES = {"kept": "green", "weakened": "yellow", "unchanged": "dim", "dropped": "red"}
+_MOST_SKIPS = 6
+_MOST_WEIGHTS = 40
+
+
+def compression(report: CompressionReport) -> RenderableType:
+    """Returns what was done, pass by pass, how the outputs compare, and what to know besides."""
+    steps = _table("pass", "outcome", "changed", "left", ">size", ">seconds")
+    for step in report.passes:
+        outcome = f"[{_STYLES[step.outcome]}]{step.outcome}[/]"
+        sizes = f"{format_bytes(step.bytes_before)} → {format_bytes(step.bytes_after)}"
+        steps.add_row(
+            escape(_title(step)), outcome, str(len(step.changes)), str(len(step.skips)), sizes, f"{step.seconds:.1f}"
+        )
+    size = f"[bold]{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)}[/] ({report.ratio:.2f}x smaller)"
+    return Group(
+        steps,
+        *(f"[yellow]{escape(step.name)}: {escape(step.reason)}[/]" for step in report.passes if step.reason),
+        *(part for step in report.passes for part in _skips(step)),
+        *(f"[yellow]{escape(step.name)}: {escape(note)}[/]" for step in report.passes for note in step.notes),
+        outputs(report.outputs, report.validation_samples, report.inputs, report.tolerance),
+        *accuracy(report.accuracy),
+        *(f"[yellow]note:[/] {escape(note)}" for note in report.notes),
+        size,
+    )
+
+
+def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, tolerance: Tolerance) -> RenderableType:
+    """Returns how far each output is from the original's."""
+    title = f"{samples} sample{'s' * (samples != 1)}, {source}; {tolerance}"
+    table = _table("output", ">SQNR dB", ">cosine", ">max abs error", ">agreement", title=escape(title))
+    for output in metrics:
+        agreement = "–" if output.agreement is None else f"{output.agreement:.1%}"
+        table.add_row(
+            escape(output.name), f"{output.sqnr_db:.1f}", f"{output.cosine:.6f}", f"{output.max_abs:.3g}", agreement
+        )
+    return table
+
+
+def inspection(found: Inspection) -> RenderableType:
+    """Returns the model's head line and its largest weights."""
+    head = f"[bold]{escape(found.model)}[/]: {format_bytes(found.nbytes)}, opset {found.opset}, IR {found.ir_version}"
+    ops = ", ".join(f"{op} {count}" for op, count in list(found.ops.items())[:8])
+    table = _table("weight", "op", "shape", "dtype", ">bytes", ">zeros", ">distinct", ">entropy", ">MACs", "passes that would act")
+    for info in found.weights[:_MOST_WEIGHTS]:
+        table.add_row(*_weight_row(info))
+    rest = found.weights[_MOST_WEIGHTS:]
+    lines = [head, f"inputs:  {escape(', '.join(found.inputs))}", f"outputs: {escape(', '.join(found.outputs))}", f"nodes:   {ops}", table]
+    if rest:
+        lines.append(f"[dim]and {len(rest)} smaller ones, {format_bytes(sum(info.nbytes for info in rest))}; --json lists them all[/]")
+    obstacles = _table("why a pass leaves weights alone", ">weights", ">bytes")
+    for name, reason, count, nbytes in _obstacles(found.weights)[:_MOST_SKIPS]:
+        obstacles.add_row(escape(f"{name}: {reason}"), str(count), format_bytes(nbytes))
+    if obstacles.row_count:
+        lines.append(obstacles)
+    return Group(*lines, *(f"[yellow]note:[/] {escape(note)}" for note in found.notes))
+
+
+def verification(found: Verification, limits: Tolerance) -> RenderableType:
+    """Returns how a candidate compares with its original."""
+    sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
+    lines = [outputs(found.comparison.outputs, found.comparison.samples, found.inputs, limits), *accuracy(found.comparison.accuracy)]
+    if found.synthetic:
+        lines.append("[yellow]note:[/] inputs are synthetic, which proves less; give real ones with --inputs")
+    if found.violation is None:
+        lines.append("[green]within the limits[/]" if limits.is_set else "[green]valid[/]; no limit was set")
+    return Group(*lines, sizes)
+
+
+def accuracy(found: Accuracy | None) -> list[RenderableType]:
+    """Returns a line about labels that were hit, if there were labels."""
+    if found is None:
+        return []
+    top1 = f"top-1 {found.top1_original:.1%} → [bold]{found.top1_candidate:.1%}[/]"
+    return [f"{escape(found.output)}, {found.labels} labels: {top1}, top-5 {found.top5_original:.1%} → {found.top5_candidate:.1%}"]
+
+
+def expansion(found: Expanded) -> RenderableType:
+    """Returns how many weights were expanded."""
+    sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
+    count = len(found.sites)
+    return f"{count} coded weight{'s' * (count != 1)} expanded, {sizes}" if count else "no coded weights: the model is as it was"
+
+
+def latency(report: LatencyReport, a: str, b: str) -> RenderableType:
+    """Returns two models' latencies side by side."""
+    table = _table("model", ">median ms", ">quartiles ms", ">session start ms")
+    for name, spread, start in (("A", report.a_ms, report.a_start_ms), ("B", report.b_ms, report.b_start_ms)):
+        path = a if name == "A" else b
+        table.add_row(f"{name}  {escape(path)}", f"{spread.median:.3f}", f"{spread.low:.3f} to {spread.high:.3f}", f"{start:.1f}")
+    ratio = f"B / A = [bold]{report.ratio.median:.3f}[/] (quartiles {report.ratio.low:.3f} to {report.ratio.high:.3f})"
+    return Group(table, f"{ratio}, {report.runs} interleaved runs, {report.threads} thread{'s' * (report.threads != 1)}")
+
+
+def passes(described: Sequence[PassInfo]) -> RenderableType:
+    """Returns every pass with its options."""
+    parts: list[RenderableType] = []
+    for found in described:
+        table = _table("option", "default", "allowed", "meaning")
+        for info in found.options:
+            table.add_row(info.name, str(info.default), escape(f"{info.type}, {info.allowed}"), escape(info.help))
+        parts += [f"[bold]{escape(found.name)}[/]  {escape(found.summary)}", table]
+    return Group(*parts)
+
+
+def _title(step: PassReport) -> str:
+    options = ", ".join(f"{key.replace('_', '-')}={value}" for key, value in step.options.items() if value is not None)
+    return f"{step.name} ({options})" if options else step.name
+
+
+def _skips(step: PassReport) -> list[RenderableType]:
+    counted = skip_counts(step.skips)
+    if not counted:
+        return []
+    table = _table(f"{step.name} left alone, because", ">sites", "for instance")
+    for reason, count, site in counted[:_MOST_SKIPS]:
+        table.add_row(escape(reason), str(count), escape(site))
+    if len(counted) > _MOST_SKIPS:
+        table.add_row(f"[dim]{len(counted) - _MOST_SKIPS} more reasons; --report lists every site[/]", "", "")
+    return [table]
+
+
+def _weight_row(info: WeightInfo) -> list[str]:
+    macs = "–" if info.macs is None else f"{info.macs / 1e6:.2f} M" if info.macs >= 10_000 else str(info.macs)
+    shape = "x".join(map(str, info.shape))
+    stored = f"{format_bytes(info.nbytes)} ({info.bits:.1f} bits)" if info.coded else format_bytes(info.nbytes)
+    entropy, acting = f"{info.entropy_bits:.2f} bits", ", ".join(info.actions) or "–"
+    return [escape(info.site), info.op, shape, info.dtype, stored, f"{info.zeros:.1%}", str(info.distinct), entropy, macs, acting]
+
+
+def _obstacles(weights: Sequence[WeightInfo]) -> list[tuple[str, str, int, int]]:
+    """Returns (pass, reason, weights, bytes), most bytes first."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for info in weights:
+        for name, reason in info.obstacles.items():
+            groups.setdefault((name, reason), []).append(info.nbytes)
+    rows = [(name, reason, len(sizes), sum(sizes)) for (name, reason), sizes in groups.items()]
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Returns an empty table; a column whose name starts with > is right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table

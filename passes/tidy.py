@@ -1,0 +1,142 @@
+"""Removes what the model does not need; the outputs stay what they are, up to float rounding of folded BatchNormalizations.
+
+    unused      nodes and initializers that no output depends on
+    identity    Identity, and Dropout in inference mode
+    constant    nodes that read only constants, computed now when the result takes no more bytes than what it replaces
+    batch norm  Conv or ConvTranspose followed by BatchNormalization:  W' = s·W,  b' = (b - mean)·s + B,  s = scale / sqrt(var + eps)
+    duplicate   constants of one scope with the same type, shape and bytes become one
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxshrink.contract import Change, Context, Pass, Report, Skip
+from onnxshrink.graph.edit import (
+    NameSource,
+    constant_bytes,
+    drop_constant,
+    footprint,
+    item_bytes,
+    nodes_bytes,
+    output_ids,
+    remove_dead,
+    replace_everywhere,
+    replace_node,
+    site_of,
+)
+from onnxshrink.graph.evaluate import EXACT_OPS, evaluate, is_computable, result_elements
+from onnxshrink.graph.fusion import fold_batch_norm, obstacle_to_folding
+from onnxshrink.graph.ir import Constant, Graph, Node, Scope
+from onnxshrink.options import option
+
+__all__ = ["Tidy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tidy(Pass):
+    """Removes dead nodes and duplicates, folds constants where the file does not grow, folds Conv + BatchNorm."""
+
+    name: ClassVar[str] = "tidy"
+    fold_constants: bool = option(True, "compute nodes that read only constants", per_site=False)
+    fold_batch_norm: bool = option(True, "fold BatchNormalization into the convolution before it", per_site=False)
+
+    def apply(self, graph: Graph, context: Context) -> Report:
+        """Edits the graph in place; see the module for what is done, in that order."""
+        answers: list[Change | Skip] = [*_remove_unused(graph)]
+        for scope in list(graph.scopes()):
+            answers += _remove_identities(scope, graph)
+            if self.fold_constants:
+                answers += _fold_constants(scope, graph)
+            if self.fold_batch_norm:
+                answers += _fold_batch_norms(scope, graph)
+            answers += _merge_duplicates(scope, graph)
+        return Report(
+            changes=[answer for answer in answers if isinstance(answer, Change)],
+            skips=[answer for answer in answers if isinstance(answer, Skip)],
+        )
+
+
+def _remove_unused(graph: Graph) -> Iterator[Change]:
+    found = {
+        id(item): (scope.address(site_of(item)), item_bytes(item, scope.graph))
+        for scope in graph.scopes()
+        for item in [*scope.graph.nodes, *scope.graph.constants]
+    }
+    for item in remove_dead(graph):
+        yield Change(*found[id(item)], 0, f"unused {item.op if isinstance(item, Node) else 'constant'} removed")
+
+
+def _remove_identities(scope: Scope, graph: Graph) -> Iterator[Change]:
+    outputs = output_ids(graph)
+    for node in [node for node in scope.graph.nodes if _is_identity(node)]:
+        if id(node.outputs[0]) not in outputs:
+            readers = list(node.outputs[0].outputs)  # their bytes change with the name of what they read
+            before = nodes_bytes([node, *readers])
+            replace_everywhere(scope.graph, node.outputs[0], node.inputs[0])
+            remove_dead(graph, [node])
+            yield Change(scope.address(node.site), before, nodes_bytes(readers), f"{node.op} removed")
+
+
+def _fold_constants(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
+    outputs = output_ids(graph)
+    for node in [node for node in scope.graph.nodes if node.op in EXACT_OPS]:
+        if not is_computable(node):  # asked one by one: an earlier fold may have made the inputs constant
+            continue
+        site, before = scope.address(node.site), footprint([node], scope.graph, outputs)
+        if result_elements(node) > before:  # even at one byte an element; and a huge result is never computed
+            yield Skip(site, f"folding this {node.op} would grow the file")
+            continue
+        folded = [Constant(tensor.name, values) for tensor, values in evaluate(node, scope.graph)]
+        after = sum(constant_bytes(constant, scope.graph) for constant in folded)
+        if after > before:
+            yield Skip(site, f"folding this {node.op} would grow the file from {before} to {after} bytes")
+            continue
+        replace_node(scope.graph, graph, node, folded)
+        yield Change(site, before, after, f"{node.op} of constants computed")
+
+
+def _fold_batch_norms(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
+    names, outputs = NameSource(graph), output_ids(graph)
+    for node in [node for node in scope.graph.nodes if node.op == "BatchNormalization" and node.is_standard]:
+        site, obstacle = scope.address(node.site), obstacle_to_folding(node, outputs)
+        if obstacle is not None:
+            yield Skip(site, f"BatchNormalization stays: {obstacle}")
+            continue
+        conv = node.inputs[0].inputs[0]
+        before = footprint([conv, node], scope.graph, outputs)
+        fold_batch_norm(scope.graph, graph, node, names)
+        yield Change(site, before, footprint([conv], scope.graph, outputs), f"BatchNormalization folded into {conv.op}")
+
+
+def _merge_duplicates(scope: Scope, graph: Graph) -> Iterator[Change]:
+    protected = output_ids(graph) | {id(tensor) for tensor in scope.graph.inputs}
+    alike: dict[tuple[str, tuple[int, ...]], list[Constant]] = {}
+    for constant in scope.graph.constants:
+        if id(constant) not in protected and constant.dtype != object:
+            alike.setdefault((constant.dtype.name, constant.shape), []).append(constant)
+    for group in alike.values():
+        kept: dict[bytes, Constant] = {}
+        for constant in group if len(group) > 1 else []:
+            twin = kept.setdefault(hashlib.blake2b(constant.values.tobytes()).digest(), constant)
+            if twin is not constant:
+                readers = list(constant.outputs)
+                before = constant_bytes(constant, scope.graph) + nodes_bytes(readers)
+                replace_everywhere(scope.graph, constant, twin)
+                drop_constant(scope.graph, constant)
+                yield Change(scope.address(constant.name), before, nodes_bytes(readers), f"same as {twin.name}")
+
+
+def _is_identity(node: Node) -> bool:
+    """Whether a node hands its first input on: Identity, or Dropout without training and without a mask that is read."""
+    if not node.is_standard or len([tensor for tensor in node.outputs if tensor.name and tensor.outputs]) > 1:
+        return False
+    training = node.inputs[2] if len(node.inputs) > 2 else None  # an input since opset 12; never on before opset 7
+    return node.op == "Identity" or (
+        node.op == "Dropout"
+        and (training is None or not training.name or (isinstance(training, Constant) and not training.values.any()))
+        and not any(mask.outputs for mask in node.outputs[1:])
+    )
