@@ -3,16 +3,16 @@
     python -m venv /tmp/train && /tmp/train/bin/pip install '.[bench]'
     /tmp/train/bin/python benchmarks/train_demo.py
 
-One minute on one core. The images are scikit-learn's copy (`sklearn.datasets.load_digits`, package under the BSD licence) of the
-test set of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998: 1,797
-pictures of 8x8 pixels with 17 grey levels. A seeded permutation cuts them in three parts that share no picture:
+Half a minute on one core. The images are scikit-learn's copy (`load_digits`; the package is under the BSD licence) of
+the test set of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
+1998 (CC BY 4.0): 1,797 pictures of 8x8 pixels with 17 grey levels. A seeded permutation parts them in three:
 
     train         1,169  seen here and nowhere else
     calibration     128  shipped without labels: what a user of onnxshrink would have at hand
     evaluation      500  shipped with labels; never used here, except to state the accuracy at the end
 
-Same versions and processor, same bytes. The network is a small residual one, exported as it was trained, so BatchNormalization is
-still there for the tidy pass to fold.
+Same versions and processor, same bytes. The network is a small residual one, exported as it was trained, so its
+BatchNormalization is still there for the tidy pass to fold.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def export(model: nn.Module, path: Path) -> None:
         dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
         opset_version=17,
         do_constant_folding=False,
-        dynamo=False,  # the older exporter: the newer one folds too much and needs onnxscript
+        dynamo=False,  # the older exporter: it needs no onnxscript
         training=torch.onnx.TrainingMode.PRESERVE,
     )
 

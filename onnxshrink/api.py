@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expan
 
 Progress = Callable[[str, int, int], None]
 _SYNTHETIC_SAMPLES = 8
+_PROBING_SAMPLES = 8
 _HELD_OUT_SHARE = 0.25  # of the given inputs: passes never see what the result is judged on
 _PACKAGES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 
@@ -152,6 +154,7 @@ def compress(
         start = Candidate(graph, nbytes, compare(reference, original, metrics=metrics))
         settings = Settings(
             reference=reference,
+            probe=functools.cache(lambda: Reference(graph, (judged if given is None else given)[:_PROBING_SAMPLES])),
             metrics=metrics or {},
             tolerance=limits,
             level=level,

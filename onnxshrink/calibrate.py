@@ -117,10 +117,12 @@ def _needed(outputs: Sequence[Tensor]) -> tuple[set[int], set[int]]:
 
 
 def _reads(node: Node) -> Iterator[Tensor]:
-    """Yields the inputs of a node, of the nodes in its bodies, and the bodies' outputs, which may be outer tensors."""
+    """Yields the inputs of a node and of the nodes in its bodies.
+
+    A body's output is no outer tensor: ONNX Runtime refuses that (1.31: "outer scope value being returned directly").
+    """
     yield from node.inputs
     for _, body in node.bodies():
         for scope in body.scopes():
-            yield from scope.graph.outputs
             for inner in scope.graph.nodes:
                 yield from inner.inputs

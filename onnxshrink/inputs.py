@@ -179,21 +179,22 @@ def _read_npz(path: Path, only: Sequence[str] | None = None) -> dict[str, Array]
     """Returns the arrays of a file, or those called ``only`` that it has."""
     name = None
     try:
-        if not zipfile.is_zipfile(path):
-            raise InputsError(must(str(path), "file", "what np.savez writes", "no such archive, or a truncated one"))
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise ValueError("it is not what np.savez writes, or truncated")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {}
+            arrays: dict[str, Array] = {}
             for name in file.files:
                 if only is None or name in only:
                     arrays[name] = file[name]
+                    if not isinstance(arrays[name], np.ndarray):  # numpy gives the bytes of members it does not know
+                        raise ValueError("it is no array")
             return arrays
     except _UNREADABLE as error:
-        if isinstance(error, InputsError):
-            raise
         where = f"{path}: array '{name}'" if name else str(path)
         if "allow_pickle" in str(error):
             raise InputsError(f"{where}: holds pickled Python objects, which are refused; save plain arrays") from error
-        raise InputsError(f"{where}: cannot be read: {error}") from error
+        raise InputsError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_test_data(folder: Path, required: Sequence[str]) -> dict[str, Array]:
@@ -215,13 +216,13 @@ def _read_test_data(folder: Path, required: Sequence[str]) -> dict[str, Array]:
     return arrays
 
 
-def _from_items(items: Iterable[Feeds], specs: Sequence[InputSpec]) -> Samples:
-    samples = list(items)
-    for index, item in enumerate(samples):
+def _from_items(items: Iterable[object], specs: Sequence[InputSpec]) -> Samples:
+    arrays: list[dict[str, Array]] = []
+    for index, item in enumerate(items):
         if not isinstance(item, Mapping):
             way_out = f"{{'{specs[0].name}': array}} is one" if specs else ""
             raise InputsError(must("inputs", f"sample {index}", "a dict of arrays", type(item).__name__, way_out))
-    arrays = [{name: np.asarray(value) for name, value in item.items()} for item in samples]
+        arrays.append({name: np.asarray(value) for name, value in item.items()})
     return _checked(arrays.__getitem__, len(arrays), "inputs", specs, lambda index: _labels_of(arrays[index], specs))
 
 

@@ -103,8 +103,10 @@ def _start(a: AnyModel, b: AnyModel, threads: int) -> tuple[Array, tuple[Session
     """Returns start times [starts, 2] in ms and the sessions started last; the models take turns at being first."""
     times = np.empty((_STARTS, 2))
     models: tuple[tuple[AnyModel, Role], ...] = ((a, "original"), (b, "candidate"))
+    pair: dict[int, Session] = {}
     for turn in range(_STARTS):
-        pair: dict[int, Session] = {}
+        for earlier in pair.values():
+            earlier.close()
         for which in _order(turn):
             pair[which] = session(models[which][0], threads, models[which][1])
             times[turn, which] = pair[which].start_ms

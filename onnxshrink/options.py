@@ -192,7 +192,7 @@ def _allowed(meta: _Meta, kinds: tuple[type, ...]) -> str:
         return f"at least {meta.low:g}"
     if meta.high is not None:
         return f"at most {meta.high:g}"
-    return {bool: "true or false"}.get(kinds[0], "any")
+    return "true or false" if kinds[0] is bool else "any"
 
 
 def _kebab(name: str) -> str:

@@ -2,7 +2,8 @@
 
 The last good graph is never edited: a pass gets a structural copy that shares the frozen arrays, so dropping the copy is the whole
 rollback. After each pass the copy is sorted, checked, loaded and run in ONNX Runtime and compared with the ORIGINAL, not with its
-predecessor. Past the tolerance the pass is retried in weaker forms, as long as it offers one, and else dropped.
+predecessor. Past the tolerance the pass is retried in weaker forms, as long as it offers one; then without the sites that do most
+harm for the bytes they save (`onnxshrink.backoff`); and is else dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxshrink.contract import Activations, Context, Pass, Report, Step
+from onnxshrink.backoff import SiteError, only, probe, without, worst_per_byte
+from onnxshrink.contract import Activations, Context, Pass, Report, Skip, Step
 from onnxshrink.errors import ShrinkError
 from onnxshrink.graph.check import Level, check
 from onnxshrink.graph.edit import sort_nodes
@@ -26,6 +28,9 @@ from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compar
 __all__ = ["Candidate", "Settings", "interface", "run_steps"]
 
 _MOST_ATTEMPTS = 8
+_MOST_BACKOFFS = 5
+_SHARE_OF_BUDGET = 0.7  # probes see few samples, so the first estimate keeps clear of the limit
+_SMALLER_BUDGET = 0.4  # each further attempt has this share of the one before
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Settings:
     """What holds for every step.
 
     Attributes:
-        reference: the original's outputs.
+        reference: the original's outputs, on the samples that judge.
+        probe: returns its outputs on a few other samples, by which sites are compared.
         tolerance: how far a result's may be from them.
         level: the strictest level of the ONNX checker that the original passes.
         metrics: the user's own measures.
@@ -44,6 +50,7 @@ class Settings:
     """
 
     reference: Reference
+    probe: Callable[[], Reference]
     tolerance: Tolerance
     level: Level
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -102,35 +109,85 @@ def _run_step(good: Candidate, step: Step, settings: Settings, prefix: str) -> t
     current: Pass | None = step.run
     failures: list[str] = []
     while current is not None and len(failures) < _MOST_ATTEMPTS:
-        attempt = _attempt(good, Step(current, step.rules), settings, prefix)
+        weakest = Step(current, step.rules)
+        attempt = _attempt(good, weakest, settings, prefix)
         if attempt.candidate is not None:
             outcome: Outcome = "unchanged" if attempt.candidate is good else "weakened" if failures else "kept"
             return attempt.candidate, _report(step.run, current, outcome, failures, good, attempt, start)
         failures.append(attempt.failure)
         current = current.weaker() if attempt.too_far else None
+    if attempt.too_far and len(attempt.report.changes) > 1:
+        spared = _spare_sites(good, weakest, attempt.report, settings, prefix)
+        if spared is not None:
+            report = _report(step.run, weakest.run, "weakened", failures, good, spared, start)
+            return spared.candidate or good, report
     return good, _report(step.run, step.run, "dropped", failures, good, attempt, start)
 
 
+def _spare_sites(good: Candidate, step: Step, report: Report, settings: Settings, prefix: str) -> _Attempt | None:
+    """Returns an attempt within the limits that leaves some sites alone, or None if there is none worth keeping."""
+    reference = settings.probe()
+    total = len(report.changes)
+    done = 0
+
+    def drift_of(site: str) -> float | None:
+        nonlocal done
+        settings.progress(f"{prefix}: probing sites", done := done + 1, total)
+        graph = _rewrite(good, only(step, site), settings)[0]
+        worst = compare(reference, graph).worst("drift") if graph is not None else None
+        return worst.drift if worst is not None else None
+
+    errors = probe(report.changes, drift_of)
+    limit = settings.tolerance.drift_limit
+    everything = sum(error.squared_drift for error in errors)
+    budget = _SHARE_OF_BUDGET * (everything if limit is None else limit**2)
+    for _ in range(_MOST_BACKOFFS):
+        spared = worst_per_byte(errors, budget)
+        if len(spared) == total:
+            return None
+        attempt = _attempt(good, without(step, spared), settings, prefix)
+        if attempt.candidate is not None:
+            return dataclasses.replace(attempt, report=_with_reasons(attempt.report, spared, errors))
+        budget *= _SMALLER_BUDGET
+    return None
+
+
+def _with_reasons(report: Report, spared: Sequence[str], errors: Sequence[SiteError]) -> Report:
+    """Returns the report with the reason why each spared site was left alone, in place of the rule that did it."""
+    drifts = {error.site: error.squared_drift**0.5 for error in errors if error.site in spared}
+    skips = [
+        Skip(skip.site, f"spared: by itself it moves the outputs by {drifts[skip.site]:.2%}") if skip.site in drifts else skip
+        for skip in report.skips
+    ]
+    note = f"{len(spared)} of {len(errors)} sites were spared to stay within the limits: {', '.join(spared[:5])}"
+    return dataclasses.replace(report, skips=skips, notes=[*report.notes, note + (", ..." if len(spared) > 5 else "")])
+
+
 def _attempt(good: Candidate, step: Step, settings: Settings, prefix: str) -> _Attempt:
+    settings.progress(f"{prefix}: rewriting", 0, 0)
+    graph, report, failure = _rewrite(good, step, settings)
+    if graph is None:
+        return _Attempt(report, None, failure)
+    if not report.changes:
+        return _Attempt(report, good)
+    settings.progress(f"{prefix}: validating", 0, 0)
+    return _validate(graph, report, settings)
+
+
+def _rewrite(good: Candidate, step: Step, settings: Settings) -> tuple[Graph | None, Report, str]:
+    """Applies a pass to a copy; returns the sorted graph, or None and what is wrong."""
     graph = good.graph.copy()
-
-    def progress(done: int, total: int) -> None:
-        settings.progress(f"{prefix}: rewriting", done, total)
-
-    context = Context(settings.seed, step.rules, settings.activations, settings.executor, progress)
+    context = Context(settings.seed, step.rules, settings.activations, settings.executor)
     try:
         report = step.run.apply(graph, context)
         unmet = [f"rule '{match}' matched no site" for match in context.unmet_rules]
         report = dataclasses.replace(report, notes=[*report.notes, *unmet])
-        if not report.changes:
-            return _Attempt(report, good)
         if interface(graph) != interface(good.graph):
-            return _Attempt(report, None, "it changed names, types or shapes of graph inputs or outputs")
+            return None, report, "it changed names, types or shapes of graph inputs or outputs"
         sort_nodes(graph)
     except Exception as error:  # third-party code: whatever it raises, the model before it stands and the run goes on
-        return _Attempt(Report(), None, f"it raised {type(error).__name__}: {error}")
-    settings.progress(f"{prefix}: validating", 0, 0)
-    return _validate(graph, report, settings)
+        return None, Report(), f"it raised {type(error).__name__}: {error}"
+    return graph, report, ""
 
 
 def _validate(graph: Graph, report: Report, settings: Settings) -> _Attempt:
@@ -160,7 +217,7 @@ def _report(
     elif outcome == "weakened":
         changed = {f.name: getattr(ran, f.name) for f in dataclasses.fields(ran) if getattr(ran, f.name) != getattr(asked, f.name)}
         settings = ", ".join(f"{name} = {value}" for name, value in changed.items())
-        reason = f"{settings} stays within the limits; as asked: {failures[0]}"
+        reason = f"with {settings or 'some sites spared'} it stays within the limits; as asked: {failures[0]}"
     return PassReport(
         name=asked.name,
         options=dataclasses.asdict(ran),

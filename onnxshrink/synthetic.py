@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnxshrink.errors import InputsError, ShrinkError, must
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, freeze
@@ -35,7 +36,7 @@ Key = str | tuple[str, int]  # a symbol, or (input, axis) of a nameless dimensio
 Sizes = Mapping[Key, int]
 
 _LADDER = (64, 224, 32, 320, 48, 16, 8, 128, 512, 1, 256, 640, 2, 4)
-_TRIES = 400
+_MOST_COMBINATIONS = 350
 _WAY_OUT = "give real inputs (--calib, --inputs)"
 _SEEN_THROUGH = {
     *("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Flatten"),
@@ -43,9 +44,12 @@ _SEEN_THROUGH = {
 }
 # where an integer is a shape, a count or a length (https://onnx.ai/onnx/operators): op -> input positions
 _LENGTHS = {
-    **{op: {1} for op in ("Reshape", "Expand", "Tile", "TopK")},
-    **{op: {4} for op in ("LSTM", "GRU", "RNN")},
-    **{"ConstantOfShape": {0}, "Range": {0, 1, 2}, "Resize": {3}, "Loop": {0}},
+    **dict.fromkeys(("Reshape", "Expand", "Tile", "TopK"), (1,)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (4,)),
+    "ConstantOfShape": (0,),
+    "Range": (0, 1, 2),
+    "Resize": (3,),
+    "Loop": (0,),
 }
 
 
@@ -99,9 +103,8 @@ def _draw_for(spec: InputSpec, uses: Sequence[tuple[Node, int, bool]]) -> _Draw:
     if is_floating(spec.dtype):
         return _Draw()
     if spec.dtype == object:
-        words = [
-            word for node, _, _ in uses for key in ("keys_strings", "cats_strings") for word in node.attrs.get(key, [])
-        ]
+        lists = [node.attrs.get(key, []) for node, _, _ in uses for key in ("keys_strings", "cats_strings")]
+        words = [word.decode() if isinstance(word, bytes) else word for known in lists for word in known]
         return _Draw(pool=tuple(words) or ("a",))
     if spec.dtype == bool:
         return _Draw(pool=(False, True))
@@ -128,7 +131,11 @@ def _draw_for(spec: InputSpec, uses: Sequence[tuple[Node, int, bool]]) -> _Draw:
 
 def _uses(tensor: Tensor, graph: Graph) -> Iterator[tuple[Node, int, bool]]:
     """Yields (node, input position, behind a Cast) for every use of a tensor's values, moved but not computed with."""
-    functions = {(function.residue.domain, function.name): function for function in graph.local_functions}
+    functions = {
+        (function.residue.domain, function.name): function
+        for function in graph.local_functions
+        if isinstance(function.residue, onnx.FunctionProto)
+    }
     seen: set[tuple[int, int]] = set()
     stack: list[tuple[Tensor, bool]] = [(tensor, False)]
     while stack:
@@ -188,8 +195,7 @@ def _sample(specs: Sequence[InputSpec], draws: Mapping[str, _Draw], sizes: Sizes
 def _find_sizes(specs: Sequence[InputSpec], draws: Mapping[str, _Draw], running: Session, seed: int) -> Sizes:
     """Returns the first guess of the open sizes with which the model runs."""
     reason = ""
-    tries = itertools.islice(_guesses(specs), _TRIES)
-    for number, sizes in enumerate(tries, 1):
+    for number, sizes in enumerate(_guesses(specs), 1):
         try:
             running.run(_sample(specs, draws, sizes, [seed, 0]))
         except ShrinkError as error:
@@ -200,17 +206,19 @@ def _find_sizes(specs: Sequence[InputSpec], draws: Mapping[str, _Draw], running:
 
 
 def _guesses(specs: Sequence[InputSpec]) -> Iterator[Sizes]:
-    """Yields sizes for all open dimensions, likely ones first."""
-    every = {key: axis for spec in specs for axis, (key, dim) in enumerate(_keys(spec)) if not isinstance(dim, int)}
+    """Yields sizes for all open dimensions, likely ones first; 1 for many comes late, for broadcasting hides mistakes."""
+    opened = dict.fromkeys(key for spec in specs for key, dim in _keys(spec) if not isinstance(dim, int))
     batch = {key: 1 for spec in specs for key, dim in _keys(spec)[:1] if not isinstance(dim, int)}
-    free = [key for key in every if key not in batch]
+    free = [key for key in opened if key not in batch]
     if not free:
         yield batch
     else:
-        yield from ({**batch, **dict.fromkeys(free, size)} for size in _LADDER)
-        yield from ({**batch, **dict(zip(free, choice, strict=True))} for choice in _combinations(len(free)))
+        yield from ({**batch, **dict.fromkeys(free, size)} for size in _LADDER if size > 1)
+        choices = itertools.islice(_combinations(len(free)), _MOST_COMBINATIONS)
+        yield from ({**batch, **dict(zip(free, choice, strict=True))} for choice in choices)
+        yield {**batch, **dict.fromkeys(free, 1)}
     if batch:
-        yield from (dict.fromkeys(every, size) for size in _LADDER)
+        yield from (dict.fromkeys(opened, size) for size in _LADDER)
 
 
 def _combinations(length: int) -> Iterator[tuple[int, ...]]:

@@ -10,15 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxshrink.report import CompressionReport, PassReport, format_bytes, skip_counts
+from onnxshrink.validate import Tolerance
 
 if TYPE_CHECKING:
     from onnxshrink.api import Expanded, Verification
+    from onnxshrink.demo import DemoResult
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
     from onnxshrink.registry import PassInfo
-    from onnxshrink.validate import Accuracy, OutputMetrics, Tolerance
+    from onnxshrink.validate import Accuracy, OutputMetrics
 
-__all__ = ["accuracy", "compression", "expansion", "inspection", "latency", "outputs", "passes", "verification"]
+__all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latency", "outputs", "passes", "verification"]
 
 _STYLES = {"kept": "green", "weakened": "yellow", "unchanged": "dim", "dropped": "red"}
 _MOST_SKIPS = 6
@@ -67,7 +69,7 @@ def inspection(found: Inspection) -> RenderableType:
     for info in found.weights[:_MOST_WEIGHTS]:
         table.add_row(*_weight_row(info))
     rest = found.weights[_MOST_WEIGHTS:]
-    lines = [head, f"inputs:  {escape(', '.join(found.inputs))}", f"outputs: {escape(', '.join(found.outputs))}", f"nodes:   {ops}", table]
+    lines: list[RenderableType] = [head, f"inputs:  {escape(', '.join(found.inputs))}", f"outputs: {escape(', '.join(found.outputs))}", f"nodes:   {ops}", table]
     if rest:
         lines.append(f"[dim]and {len(rest)} smaller ones, {format_bytes(sum(info.nbytes for info in rest))}; --json lists them all[/]")
     obstacles = _table("why a pass leaves weights alone", ">weights", ">bytes")
@@ -81,12 +83,23 @@ def inspection(found: Inspection) -> RenderableType:
 def verification(found: Verification, limits: Tolerance) -> RenderableType:
     """Returns how a candidate compares with its original."""
     sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
-    lines = [outputs(found.comparison.outputs, found.comparison.samples, found.inputs, limits), *accuracy(found.comparison.accuracy)]
+    lines: list[RenderableType] = [outputs(found.comparison.outputs, found.comparison.samples, found.inputs, limits), *accuracy(found.comparison.accuracy)]
     if found.synthetic:
         lines.append("[yellow]note:[/] inputs are synthetic, which proves less; give real ones with --inputs")
     if found.violation is None:
         lines.append("[green]within the limits[/]" if limits.is_set else "[green]valid[/]; no limit was set")
     return Group(*lines, sizes)
+
+
+def demo(found: DemoResult) -> RenderableType:
+    """Returns the compression and the accuracy before and after."""
+    return Group(
+        "A small CNN for 8x8 pictures of digits, trained beforehand; tidied, and its weights stored as 5-bit codes:\n",
+        compression(found.compressed.report),
+        "\n[bold]The written file, on labelled pictures that compression never saw:[/]",
+        verification(found.verification, Tolerance()),
+        "\nNow with a model of yours:  [bold]onnxshrink compress model.onnx -o small.onnx --calib inputs.npz --min-sqnr 30[/]",
+    )
 
 
 def accuracy(found: Accuracy | None) -> list[RenderableType]:

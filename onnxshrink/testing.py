@@ -125,7 +125,7 @@ class _Trial:
         return work, report
 
     def check_report(self, original: Graph, report: Report, sites: Sites | None) -> None:
-        named = [answer.site for answer in [*report.changes, *report.skips]]
+        named = [*(change.site for change in report.changes), *(skip.site for skip in report.skips)]
         self.demand(len(named) == len(set(named)), f"every site must be answered for once, got {_repeated(named)} twice")
         self.demand(all(skip.reason for skip in report.skips), "every skip must give a reason")
         self.demand(all(change.detail for change in report.changes), "every change must say what it did")
@@ -179,7 +179,7 @@ class _Trial:
 
 
 def _serialised(graph: Graph) -> bytes:
-    return to_model(graph).SerializeToString(deterministic=True)
+    return bytes(to_model(graph).SerializeToString(deterministic=True))
 
 
 def _constants(graph: Graph) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 __all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "awkward_models"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Kind = tuple[int, list[int]]
 OLDEST_OPSET = 7
 NEWEST_OPSET = 26  # of ONNX Runtime 1.31: it refuses to load opset 27
 _IR_VERSION = 8
@@ -155,8 +156,8 @@ def _model(
     nodes: list[onnx.NodeProto],
     weights: dict[str, Array],
     opset: int = 13,
-    inputs: dict[str, tuple[int, list[int]]] | None = None,
-    outputs: dict[str, tuple[int, list[int]]] | None = None,
+    inputs: Mapping[str, Kind] | None = None,
+    outputs: Mapping[str, Kind] | None = None,
 ) -> onnx.ModelProto:
     """Returns a model; by default input x and output y are float [1, 16]."""
     vector = (TensorProto.FLOAT, [1, _WIDTH])

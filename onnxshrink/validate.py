@@ -25,6 +25,7 @@ import contextlib
 import math
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, overload
@@ -136,6 +137,13 @@ class Tolerance:
     def is_set(self) -> bool:
         """Whether there is any limit."""
         return self != Tolerance()
+
+    @property
+    def drift_limit(self) -> float | None:
+        """The stricter of the limits on SQNR and drift, as a drift; None if there is neither."""
+        limits = [] if self.max_drift is None else [self.max_drift]
+        limits += [] if self.min_sqnr_db is None else [10 ** (-self.min_sqnr_db / 20)]
+        return min(limits, default=None)
 
     def violation(self, comparison: Comparison) -> str | None:
         """Returns one line on what is broken or which output is past which limit, or None.
@@ -286,13 +294,13 @@ class _Judge:
                 tally.add(original, outputs[name], self._is_exact(name, original), self._scores(name, original))
             else:
                 self.failure = self.failure or f"output '{name}': {tally.broken} {where}"
-        for name in outputs.keys() - expected.keys():
+        for name in sorted(outputs.keys() - expected.keys()):
             self.failure = self.failure or f"output '{name}': the original has no such output {where}"
 
     def add_labels(self, labels: Array | None, expected: Outputs, outputs: Outputs) -> None:
         """Takes the class labels of the same sample, where it has any and an output has class scores."""
         names = [name for name in expected if self._scores(name, expected[name])]
-        if labels is None or not names or names[0] not in outputs:
+        if labels is None or not labels.size or not names or names[0] not in outputs:
             return
         self.scored = names[0]
         classes = self._scores(names[0], expected[names[0]])
@@ -300,8 +308,9 @@ class _Judge:
         if len(labels) * classes != expected[names[0]].size:
             rows = expected[names[0]].size // classes
             raise InputsError(must(owner, "number of labels", f"{rows}, as output '{names[0]}' has rows", len(labels)))
-        if not is_integer(labels.dtype) or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
-            raise InputsError(must(owner, "labels", f"integers from 0 to {classes - 1}", f"{labels.dtype} {labels}"))
+        if not is_integer(labels.dtype) or not 0 <= labels.min() <= labels.max() < classes:
+            got = f"{labels.dtype} from {labels.min()} to {labels.max()}"
+            raise InputsError(must(owner, "labels", f"integers from 0 to {classes - 1}", got))
         self.labels += len(labels)
         if outputs[names[0]].shape == expected[names[0]].shape:
             self.hits += [_hits(side[names[0]].reshape(-1, classes), labels) for side in (expected, outputs)]
@@ -419,7 +428,9 @@ class _OutputStore(Sequence[Outputs]):
             self._left -= array.nbytes
             return array
         try:
-            self._file = self._file or tempfile.TemporaryFile(prefix="onnxshrink-")  # noqa: SIM115  # closed when collected
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="onnxshrink-")  # noqa: SIM115  # lives as long as this object
+                weakref.finalize(self, self._file.close)
             offset = self._file.seek(0, 2)
             self._file.write(array.tobytes())
         except OSError as error:

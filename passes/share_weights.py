@@ -2,10 +2,14 @@
 
 A weight with at most 2^bits distinct values is stored exactly. Otherwise its values are grouped:
 
-    kmeans     k = 2^bits values of least squared error Σ (w - codebook[code])² (Lloyd 1982), for the tensor or per output channel
-    uniform    an affine grid (code - zero point) · scale per output channel; |w - w'| ≤ scale / 2 within the range of the grid
+    kmeans     k = 2^bits values of least squared error Σ (w - codebook[code])² (Lloyd 1982): for the tensor, per output channel,
+               or for the tensor after each channel c was divided by a scale s_c = √(max |w_c| · rms(w_c))
+    uniform    an affine grid (code - zero point) · scale; |w - w'| ≤ scale / 2 within the range of the grid
+    auto       kmeans with scales, and uniform per channel where the codebook would weigh over an eighth of the codes
 
-Zeros survive exactly: the grid contains zero, and k-means keeps one value for it when the tensor has more zeros than its share.
+The scale lies between the two usual ones: dividing by max |w_c| spends codes on a few large weights, dividing by the rms leaves
+these far out. Zeros survive exactly: the grid contains zero, and k-means keeps one value for it when the tensor has more zeros than
+its share.
 The result is decoded by standard ops that ONNX Runtime folds when a session starts (`onnxshrink.graph.codebook`), so it runs as
 fast as before. A weight whose coded form is not smaller in the file stays as it is.
 """
@@ -38,6 +42,7 @@ from onnxshrink.options import option
 __all__ = ["ShareWeights"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,12 @@ class ShareWeights(Pass):
 
     name: ClassVar[str] = "share-weights"
     bits: int = option(8, "bits per code: at most 2^bits values", low=1, high=8)
-    method: str = option("uniform", "how values are grouped; exact changes no value", choices=("exact", "kmeans", "uniform"))
-    per: str = option("channel", "one set of values for the tensor or for each output channel", choices=("tensor", "channel"))
+    method: str = option("auto", "how values are grouped; exact changes none", choices=("auto", "exact", "kmeans", "uniform"))
+    per: str = option(
+        "scale",
+        "one set of values for the tensor, one for each output channel, or one times a scale per channel",
+        choices=("tensor", "channel", "scale"),
+    )
 
     def weaker(self) -> Self | None:
         """Returns the pass with one bit more."""
@@ -105,27 +114,48 @@ def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | Skip:
 
 
 def _approximate(values: Array, channel_axis: int | None, chosen: ShareWeights) -> _Coding:
-    axis = channel_axis if chosen.per == "channel" else None
+    """Returns the coding of least error among those that the options allow; rows are channels, or one for the tensor."""
+    axis = None if chosen.per == "tensor" else channel_axis
     rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    keep_zero = np.count_nonzero(values == 0) * 2**chosen.bits > values.size
-    where = "one for the tensor" if axis is None else f"one for each of {len(rows)} channels"
+    where = "" if axis is None else f", {len(rows)} channels"
+    codebook_pays = values.size * chosen.bits >= _LEAST_CODES_PER_CODEBOOK * 2**chosen.bits * 16
     coded: Codebook | UniformGrid
-    if chosen.method == "uniform":
+    if chosen.method == "uniform" or (chosen.method == "auto" and not codebook_pays):
         grid = fit_grid(rows, chosen.bits)
         codes, coded = encode(rows, grid), UniformGrid(grid.scale, grid.zero_point, axis)
-        detail = f"uniform grid of {chosen.bits} bits, {where}"
-    elif axis is None:
-        codebook = kmeans_1d(rows, 2**chosen.bits, keep_zero=keep_zero)
-        codes, coded = nearest(rows, codebook), Codebook(codebook)
-        detail = f"k-means to {len(codebook)} values, {where}"
+        detail = f"uniform grid of {chosen.bits} bits{where}"
     else:
-        codebooks = kmeans_rows(rows, 2**chosen.bits, keep_zero=keep_zero)
-        codes, coded = nearest_rows(rows, codebooks), Codebook(codebooks, axis)
-        detail = f"k-means to {codebooks.shape[1]} values, {where}"
+        codes, coded = _cluster(rows, axis, chosen)
+        detail = f"k-means to {coded.values.shape[-1]} values{where}{'' if coded.scale is None else ', scaled'}"
     if axis is not None:
         others = tuple(dim for index, dim in enumerate(values.shape) if index != axis)
         codes = np.moveaxis(codes.reshape(values.shape[axis], *others), 0, axis)
     return _Coding(np.ascontiguousarray(codes).reshape(values.shape), chosen.bits, coded, detail)
+
+
+def _cluster(rows: Array, axis: int | None, chosen: ShareWeights) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Codebook]:
+    """Returns codes [rows, columns] and the codebook they refer to."""
+    k = 2**chosen.bits
+    keep_zero = bool(np.count_nonzero(rows == 0) * k > rows.size)
+    if axis is not None and chosen.per == "channel":
+        codebooks = kmeans_rows(rows, k, keep_zero=keep_zero)
+        return nearest_rows(rows, codebooks), Codebook(codebooks, axis)
+    if axis is None:
+        codebook = kmeans_1d(rows, k, keep_zero=keep_zero)
+        return nearest(rows, codebook), Codebook(codebook)
+    scale = _channel_scales(rows)
+    scaled = rows.astype(np.float32) / scale[:, None]
+    codebook = kmeans_1d(scaled, k, keep_zero=keep_zero)
+    return nearest(scaled, codebook), Codebook(codebook, axis, scale)
+
+
+def _channel_scales(rows: Array) -> Array:
+    """Returns √(max |w| · rms(w)) of each row, float32; 1 for rows of zeros."""
+    wide = rows.astype(np.float32, copy=False)
+    largest = np.maximum(wide.max(axis=1), -wide.min(axis=1))
+    rms = np.sqrt(np.einsum("ij,ij->i", wide, wide) / np.float32(rows.shape[1]))
+    scale = np.sqrt(largest) * np.sqrt(rms)  # the roots first: the product may overflow
+    return np.where(scale > 0, scale, np.float32(1))
 
 
 def _store(weight: Weight, coding: _Coding, names: NameSource) -> Change | Skip:

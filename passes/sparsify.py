@@ -48,27 +48,25 @@ class Sparsify(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            pattern = Pattern.parse(self.pattern)
-        except ValueError as error:
-            raise OptionError(f"{self.name}: {error}") from error
-        if pattern.is_n_m and self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
-            raise OptionError(must(self.name, "sparsity", f"{pattern.sparsity:g} or left out for {pattern}", self.sparsity))
-        if pattern.is_n_m and self.scope == "global":
+        pattern = Pattern.parse(self.pattern)
+        if pattern.kind == "n:m" and self.sparsity not in (None, self.share):
+            raise OptionError(must(self.name, "sparsity", f"{self.share:g} or left out for {pattern}", self.sparsity))
+        if pattern.kind == "n:m" and self.scope == "global":
             raise OptionError(must(self.name, "scope", f"layer for {pattern}, which fixes every group", "'global'"))
 
     @property
     def share(self) -> float:
         """The share of weights that becomes zero."""
         pattern = Pattern.parse(self.pattern)
-        if pattern.is_n_m:
-            return pattern.sparsity
+        if pattern.kind == "n:m":
+            return 1 - pattern.n / pattern.m
         return _DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     def weaker(self) -> Self | None:
         """Returns the pass with 3/4 of the sparsity; N:M patterns have no gentler form."""
         share = self.share * 0.75
-        return None if Pattern.parse(self.pattern).is_n_m or share < _LEAST_SPARSITY else replace(self, sparsity=share)
+        fixed = Pattern.parse(self.pattern).kind == "n:m"
+        return None if fixed or share < _LEAST_SPARSITY else replace(self, sparsity=share)
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
@@ -93,9 +91,7 @@ class Sparsify(Pass):
         """Returns the masks of layers whose units compete with each other."""
         pattern = Pattern.parse(self.pattern)
         matrices = [_matrix(weight, pattern) for weight in together]
-        kept = split_global(
-            [scores(matrix, pattern) for matrix in matrices], self.share, weights=[pattern.unit_elements] * len(matrices)
-        )
+        kept = split_global([scores(matrix, pattern) for matrix in matrices], self.share)
         return [expand_units(keep, pattern, matrix.shape) for keep, matrix in zip(kept, matrices, strict=True)]
 
 
@@ -104,14 +100,16 @@ def _obstacle(weight: Weight, pattern: Pattern) -> str | None:
         return weight.obstacle
     if not weight.computes:
         return "is only looked up, so zeros save no arithmetic"
-    if weight.view is None and not pattern.is_unstructured:
+    if not np.isfinite(weight.constant.values).all():
+        return "holds NaN or infinity"
+    if weight.view is None and pattern.kind != "unstructured":
         return f"its uses disagree on what the reduction axis is, so {pattern} has no meaning"
     return None
 
 
 def _matrix(weight: Weight, pattern: Pattern) -> Array:
     values = weight.constant.values
-    return values.reshape(1, -1) if weight.view is None or pattern.is_unstructured else weight.view.forward(values)
+    return values.reshape(1, -1) if weight.view is None or pattern.kind == "unstructured" else weight.view.forward(values)
 
 
 def _sparsify(weight: Weight, chosen: Sparsify, mask: Array | None) -> Change | Skip:
@@ -119,8 +117,8 @@ def _sparsify(weight: Weight, chosen: Sparsify, mask: Array | None) -> Change | 
     matrix = _matrix(weight, pattern)
     if mask is None:
         mask = (
-            n_m_mask(matrix, *pattern.numbers)
-            if pattern.is_n_m
+            n_m_mask(matrix, pattern.n, pattern.m)
+            if pattern.kind == "n:m"
             else expand_units(keep_largest(scores(matrix, pattern), chosen.share), pattern, matrix.shape)
         )
     zeros_before = 1 - np.count_nonzero(matrix) / matrix.size
@@ -129,7 +127,7 @@ def _sparsify(weight: Weight, chosen: Sparsify, mask: Array | None) -> Change | 
     if zeros == zeros_before:
         return Skip(weight.site, f"{zeros:.1%} zeros already, in this pattern")
     nbytes = constant_bytes(weight.constant, weight.scope.graph)
-    view = None if pattern.is_unstructured else weight.view
-    set_values(weight.constant, view.inverse(sparse) if view is not None else sparse.reshape(weight.constant.shape))
+    whole = pattern.kind == "unstructured" or weight.view is None
+    set_values(weight.constant, sparse.reshape(weight.constant.shape) if whole else weight.view.inverse(sparse))
     after = constant_bytes(weight.constant, weight.scope.graph)
     return Change(weight.site, nbytes, after, f"{zeros:.1%} zeros (was {zeros_before:.1%}), {pattern}")

@@ -64,7 +64,7 @@ def _remove_unused(graph: Graph) -> Iterator[Change]:
     found = {
         id(item): (scope.address(site_of(item)), item_bytes(item, scope.graph))
         for scope in graph.scopes()
-        for item in [*scope.graph.nodes, *scope.graph.constants]
+        for item in scope.graph.items
     }
     for item in remove_dead(graph):
         yield Change(*found[id(item)], 0, f"unused {item.op if isinstance(item, Node) else 'constant'} removed")

@@ -79,7 +79,9 @@ def same_bits(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return isinstance(right, type(left)) and len(left) == len(right) and all(map(same_bits, left, right))
     if isinstance(left, dict):
-        return isinstance(right, dict) and left.keys() == right.keys() and all(same_bits(left[k], right[k]) for k in left)
+        return (
+            isinstance(right, dict) and left.keys() == right.keys() and all(same_bits(left[k], right[k]) for k in left)
+        )
     if left is None or right is None:
         return left is right
     left, right = np.asarray(left), np.asarray(right)
@@ -87,7 +89,9 @@ def same_bits(left: Any, right: Any) -> bool:
         return False
     if left.dtype == object:
         return bool(np.array_equal(left, right))
-    return left.tobytes() == right.tobytes() or bool(np.array_equal(left, right, equal_nan=True) and _same_signs(left, right))
+    return left.tobytes() == right.tobytes() or bool(
+        np.array_equal(left, right, equal_nan=True) and _same_signs(left, right)
+    )
 
 
 def canonical(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,7 +154,9 @@ def _ort_value(array: Any) -> Any:
 
 
 def _from_ort_value(output: Any) -> Any:
-    if not output.is_tensor() or not any(name in output.data_type() for name in ("bfloat16", "float8", "float4", "int4", "int2")):
+    if not output.is_tensor() or not any(
+        name in output.data_type() for name in ("bfloat16", "float8", "float4", "int4", "int2")
+    ):
         return output.numpy()
     return np.frombuffer(ctypes.string_at(output.data_ptr(), output.tensor_size_in_bytes()), np.uint8)
 

@@ -2,6 +2,7 @@
 
     codes uint8 ── Cast ── Gather(codebook) ── W                      one codebook for the tensor
     codes ── Cast ── Add(offsets) ── Gather(codebooks) ── W           one codebook per output channel
+    codes ── Cast ── Gather(codebook) ── Mul(scale) ── W              one codebook, scaled per output channel
     codes ── Cast ── Sub(zero point) ── Mul(scale) ── W               a uniform grid per output channel
 
 Codes of 1, 2 or 4 bits are packed 8, 4 or 2 to a byte and unpacked with integer Div and Mod; 3, 5, 6 and 7 bits are the sum of
@@ -40,11 +41,14 @@ class Codebook:
 
     Attributes:
         values: [k] for the whole tensor, or [channels, k].
-        axis: the tensor's axis that the rows of ``values`` belong to; None for one codebook.
+        axis: the tensor's axis that the rows of ``values``, or the scales, belong to; None for one codebook without scales.
+        scale: [channels] float32 that the values are multiplied by, or None. Values that have scales are of the order of 1 and are
+            stored as float16: what that rounds off is far below the distance between 256 values.
     """
 
     values: Array
     axis: int | None = None
+    scale: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class UniformGrid:
 
     Attributes:
         scale: [channels] float32.
-        zero_point: [channels] float32, whole numbers.
+        zero_point: [channels], whole numbers from 0 to 255.
         axis: the tensor's axis that channels lie on; None for one grid, with [1] scale and zero point.
     """
 
@@ -76,24 +80,25 @@ def coded_weight(
         names: gives tensor names.
     """
     builder = _Builder(constant.name, scope, names)
-    indices = builder.codes(codes, bits)
+    digits = builder.codes(codes, bits)
+    shape = _broadcast_shape(constant.shape, values.axis)
     if isinstance(values, UniformGrid):
-        shape = _broadcast_shape(constant.shape, values.axis)
-        zero_point = builder.constant("zero_point", values.zero_point.astype(np.float32).reshape(shape))
-        scale = builder.constant("scale", values.scale.astype(np.float32).reshape(shape))
-        result = builder.node("Mul", [builder.node("Sub", [builder.cast(indices, np.float32), zero_point]), scale])
-        if constant.dtype != np.float32:
-            result = builder.cast(result, constant.dtype)
+        zero_point = builder.constant("zero_point", values.zero_point.astype(np.uint8).reshape(shape))
+        centred = builder.node("Sub", [builder.cast(digits, np.float32), builder.cast(zero_point, np.float32)])
+        result = builder.scaled(centred, values.scale.reshape(shape), constant.dtype)
     else:
-        indices = builder.cast(indices, np.int32)
-        if values.axis is not None:
+        indices = builder.cast(digits, np.int32)
+        if values.values.ndim == 2:
             channels, length = values.values.shape
-            shape = _broadcast_shape(constant.shape, values.axis)
             offsets = builder.constant("offsets", (np.arange(channels) * length).astype(np.int32).reshape(shape))
             indices = builder.node("Add", [indices, offsets])
-        codebook = builder.constant("codebook", values.values.astype(constant.dtype).reshape(-1))
-        result = builder.node("Gather", [codebook, indices])
-    assert isinstance(result, Variable)
+        if values.scale is None:
+            codebook = builder.constant("codebook", values.values.astype(constant.dtype).reshape(-1))
+            result = builder.node("Gather", [codebook, indices])
+        else:
+            halves = builder.constant("codebook", values.values.astype(np.float16))
+            result = builder.node("Gather", [builder.cast(halves, np.float32), indices])
+            result = builder.scaled(result, values.scale.reshape(shape), constant.dtype)
     builder.fragment.output = result
     return builder.fragment
 
@@ -152,6 +157,13 @@ class _Builder:
             return self.node("Slice", [tensor], {"starts": [0], "ends": [size]})
         start, end = (self.constant(name, np.array([at], np.int64)) for name, at in (("start", 0), ("end", size)))
         return self.node("Slice", [tensor, start, end])
+
+    def scaled(self, tensor: Tensor, scale: Array, dtype: np.dtype[Any]) -> Variable:
+        """Returns tensor · scale as ``dtype``; in float32, for ONNX Runtime's CPU has no float16 Mul to fold with."""
+        product = self.node("Mul", [tensor, self.constant("scale", scale.astype(np.float32))])
+        result = self.cast(product, dtype)
+        assert isinstance(result, Variable)
+        return result
 
     def cast(self, tensor: Tensor, dtype: Any) -> Tensor:
         if tensor.dtype == np.dtype(dtype):

@@ -16,14 +16,15 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxshrink.graph.convert import inline_tensor, node_message
-from onnxshrink.graph.edit import item_bytes, output_ids, replace_node
-from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Tensor, Variable
-from onnxshrink.graph.storage import is_float
+from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
+from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Variable
+from onnxshrink.graph.storage import element_type, is_float
 
 __all__ = ["Coded", "coded_weights", "expand_coded"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _DECODING_OPS = ("Add", "Cast", "Div", "Gather", "Mod", "Mul", "Reshape", "Slice", "Sub")
+_SCALING_OPS = ("Cast", "Mul", "Sub")
 _CODE_TYPES = ("uint8", "uint4", "uint2")
 
 
@@ -53,7 +54,7 @@ class Coded:
     @property
     def nbytes(self) -> int:
         """Bytes in the file; parts that several weights share count for each."""
-        return sum(item_bytes(item, self.scope.graph) for item in [*self.nodes, *self.constants])
+        return nodes_bytes(self.nodes) + sum(constant_bytes(constant, self.scope.graph) for constant in self.constants)
 
     def values(self) -> Array:
         """Returns the dense tensor."""
@@ -66,7 +67,8 @@ class Coded:
             graph.initializer.append(inline_tensor(constant))
             graph.initializer[-1].name = constant.name
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.scope.graph.opset)])
-        return np.asarray(ReferenceEvaluator(model).run(None, {})[0])
+        results: Any = ReferenceEvaluator(model).run(None, {})
+        return np.asarray(results[0])
 
 
 def coded_weights(graph: Graph) -> list[Coded]:
@@ -85,25 +87,54 @@ def expand_coded(graph: Graph) -> list[Coded]:
 
 
 def _in_scope(scope: Scope, outputs: set[int]) -> Iterator[Coded]:
-    owned = {id(constant) for constant in scope.graph.constants}
+    known = {id(constant): constant.dtype for constant in scope.graph.constants}
     decoding: dict[int, Node] = {}
     for node in scope.graph.nodes:
-        reads = [tensor for tensor in node.inputs if tensor.name]
-        if node.op in _DECODING_OPS and node.is_standard and all(
-            id(tensor) in owned or any(id(producer) in decoding for producer in tensor.inputs) for tensor in reads
-        ):
+        dtype = _step(node, known, outputs)
+        if dtype is not None:
             decoding[id(node)] = node
+            known[id(node.outputs[0])] = dtype
     for node in decoding.values():
         output = node.outputs[0]
-        inner = output.outputs and all(id(reader) in decoding for reader in output.outputs)
-        if (inner and id(output) not in outputs) or not isinstance(output, Variable):
+        ends = len(output.outputs) != 1 or id(output) in outputs or id(output.outputs[0]) not in decoding
+        if not ends or not is_float(known[id(output)]) or not isinstance(output, Variable):
             continue
-        dtype = _dtype(output)
         nodes = _cone(node, decoding)
         constants = {id(t): t for inner_node in nodes for t in inner_node.inputs if isinstance(t, Constant)}
         coded = Coded(scope.address(output.name), scope, output, tuple(nodes), tuple(constants.values()))
-        if dtype is not None and is_float(dtype) and coded.codes:
+        if coded.codes:
             yield coded
+
+
+def _step(node: Node, known: dict[int, np.dtype[Any]], outputs: set[int]) -> np.dtype[Any] | None:
+    """Returns the element type that a node computes, if it may be a step from codes to a weight, else None.
+
+    Integers go through all decoding ops. Once they are floating point they are only scaled and converted, and a tensor that is
+    read more than once is a weight: what comes after it belongs to its readers.
+
+    Args:
+        node: the node.
+        known: element types of the constants and of the results of earlier steps, by id.
+        outputs: ids of the tensors that are outputs of a scope.
+    """
+    reads = [tensor for tensor in node.inputs if tensor.name]
+    decodes = node.op in _DECODING_OPS and node.is_standard and len(node.outputs) == 1
+    if not decodes or not reads or not all(id(tensor) in known for tensor in reads):
+        return None
+    for tensor in reads:
+        if isinstance(tensor, Variable) and is_float(known[id(tensor)]):
+            continues = len(tensor.outputs) == 1 and id(tensor) not in outputs
+            if not continues or not (_is_converted_constant(tensor) or (tensor is reads[0] and node.op in _SCALING_OPS)):
+                return None
+    if node.op != "Cast":
+        return known[id(reads[0])]
+    target = node.attrs.get("to")
+    return element_type(target) if isinstance(target, int) else None
+
+
+def _is_converted_constant(tensor: Variable) -> bool:
+    """Whether a tensor is a Cast of a stored one: a codebook or zero points kept in a smaller type."""
+    return tensor.inputs[0].op == "Cast" and isinstance(tensor.inputs[0].inputs[0], Constant)
 
 
 def _cone(last: Node, decoding: dict[int, Node]) -> list[Node]:
@@ -116,13 +147,3 @@ def _cone(last: Node, decoding: dict[int, Node]) -> list[Node]:
             needed.add(id(node))
             queue.extend(producer for tensor in node.inputs for producer in tensor.inputs if id(producer) in decoding)
     return [node for key, node in decoding.items() if key in needed]
-
-
-def _dtype(tensor: Tensor) -> np.dtype[Any] | None:
-    """Returns the element type that decoding ops compute: Cast's own, else that of their first input."""
-    while isinstance(tensor, Variable):
-        node = tensor.inputs[0]
-        if node.op == "Cast":
-            return helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
-        tensor = node.inputs[0]
-    return tensor.dtype

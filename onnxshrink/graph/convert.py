@@ -7,17 +7,19 @@ and not dropped. Fields that the installed onnx package cannot even name make th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from onnxshrink.errors import UnsupportedModelError
+from onnxshrink.errors import ModelReadError, UnsupportedModelError, must
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 from onnxshrink.graph.storage import Stored, element_type, locate
 
@@ -28,10 +30,10 @@ _MODELLED = {
     onnx.GraphProto: {"name", "node", "initializer", "sparse_initializer", "input", "output", "value_info"},
     onnx.FunctionProto: {"name", "node", "input", "output"},
     onnx.NodeProto: {"name", "op_type", "domain", "input", "output", "attribute"},
+    onnx.AttributeProto: {"name", "type", "g"},  # of a body; other attributes stay whole where they are no plain value
 }
 _FIRST_IR_WITH_PLAIN_INITIALIZERS = 4  # before it, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
 
-_M = TypeVar("_M", bound=Message)
 TensorWriter = Callable[[Constant], TensorProto]
 
 
@@ -48,13 +50,12 @@ def from_model(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
     """
     if model.training_info:
         raise UnsupportedModelError("model: training_info would be lost; export the model for inference")
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    graph = _Reader(folder, opsets.get("", opsets.get("ai.onnx", 1)), {}).graph(model.graph)
+    graph = _Reader(folder, _opset(model.opset_import, 1), {}).graph(model.graph)
     graph.model = _residue(model)
     graph.ir_version = model.ir_version
     for function in model.functions:
-        imports = {entry.domain: entry.version for entry in function.opset_import}
-        graph.local_functions.append(_Reader(folder, imports.get("", graph.opset), {}).function(function))
+        opset = _opset(function.opset_import, graph.opset)
+        graph.local_functions.append(_Reader(folder, opset, {}).function(function))
     return graph
 
 
@@ -96,8 +97,8 @@ def tensor_bytes(constant: Constant) -> int:
     """Returns the bytes of the message that `inline_tensor` would make."""
     stored = constant.stored
     if stored is not None and stored.external is None:
-        return stored.tensor.ByteSize()
-    return shell_tensor(constant).ByteSize() + framed_bytes(constant.nbytes)
+        return int(stored.tensor.ByteSize())
+    return int(shell_tensor(constant).ByteSize()) + framed_bytes(constant.nbytes)
 
 
 def framed_bytes(payload: int) -> int:
@@ -135,22 +136,27 @@ class _Reader:
     def graph(self, proto: onnx.GraphProto) -> Graph:
         graph = Graph(proto.name, self.opset, _residue(proto))
         infos: dict[str, onnx.ValueInfoProto] = {}
-        for info in [*proto.value_info, *proto.input, *proto.output]:
+        for info in [*proto.value_info, *proto.output, *proto.input]:
             infos[info.name] = info
-        for initializer in [*proto.initializer, *proto.sparse_initializer]:
+        for initializer in proto.initializer:
             self.constant(initializer, infos)
+        for sparse in proto.sparse_initializer:
+            self.constant(sparse, infos)
         for info in proto.input:
             graph.inputs.append(self.local.get(info.name) or self.variable(info.name, infos))
         self.fill(graph, proto.node, infos)
-        graph.outputs = [self.resolve(info.name, infos) for info in proto.output]
-        graph.residue.value_info.extend(info for info in proto.value_info if info.name not in self.local)
+        graph.outputs = [self.resolve(info.name) for info in proto.output]
+        described = zip(graph.outputs, proto.output, strict=True)
+        graph.output_infos = {info.name: info for tensor, info in described if tensor.info != info}
+        inner = self.local.keys() - {info.name for info in [*proto.input, *proto.output]}
+        graph.residue.value_info.extend(info for info in proto.value_info if info.name not in inner)
         return graph
 
     def function(self, proto: onnx.FunctionProto) -> Graph:
         graph = Graph(proto.name, self.opset, _residue(proto))
         graph.inputs = [self.variable(name, {}) for name in proto.input]
         self.fill(graph, proto.node, {})
-        graph.outputs = [self.resolve(name, {}) for name in proto.output]
+        graph.outputs = [self.resolve(name) for name in proto.output]
         return graph
 
     def fill(self, graph: Graph, nodes: Iterable[onnx.NodeProto], infos: dict[str, onnx.ValueInfoProto]) -> None:
@@ -171,10 +177,12 @@ class _Reader:
         tensor = proto.attribute[0].t if isinstance(proto, onnx.NodeProto) else proto
         if isinstance(tensor, onnx.SparseTensorProto):
             name, external = tensor.values.name, None
+            _refuse_external(f"sparse tensor '{name}'", tensor.values, tensor.indices)
         else:
             name, external = tensor.name, locate(tensor, self.folder)
         if isinstance(proto, onnx.NodeProto):
             name = proto.output[0]
+            _refuse_unreadable(proto.attribute[0])
         self.declare(name, constant := Constant(name, Stored(tensor, external), infos.get(name), holder))
         self.constants.append(constant)
 
@@ -185,22 +193,23 @@ class _Reader:
         return variable
 
     def declare(self, name: str, tensor: Tensor) -> None:
+        _refuse_bytes("name of a tensor", name)
         if name in self.local:
             raise UnsupportedModelError(f"model: tensor '{name}' must be defined once, got a second definition")
         self.local[name] = tensor
 
-    def resolve(self, name: str, infos: dict[str, onnx.ValueInfoProto]) -> Tensor:
+    def resolve(self, name: str) -> Tensor:
         tensor = self.local.get(name) or self.outer.get(name)
         if tensor is None:
             raise UnsupportedModelError(f"model: tensor '{name}' is read, but no node, input or initializer defines it")
-        if tensor.info is None and name in infos:
-            tensor.info = infos[name]
         return tensor
 
     def node(self, proto: onnx.NodeProto) -> Node:
-        inputs = [self.resolve(name, {}) if name else Variable("") for name in proto.input]
+        inputs = [self.resolve(name) if name else Variable("") for name in proto.input]
         outputs = [self.local[name] if name else Variable("") for name in proto.output]
         attrs = {attribute.name: self.attribute(attribute, proto) for attribute in proto.attribute}
+        if len(attrs) != len(proto.attribute):
+            raise UnsupportedModelError(f"node '{proto.name or proto.op_type}': an attribute must be given once, got it twice")
         domain = proto.domain if proto.HasField("domain") else None
         residue = _residue(proto, **{name: value for name, value in _header(proto).items() if not value})
         return Node(
@@ -208,22 +217,29 @@ class _Reader:
         )
 
     def attribute(self, proto: AttributeProto, node: onnx.NodeProto) -> Any:
-        _refuse_unknown_fields(proto)
+        _refuse_unreadable(proto)
         if proto.type == AttributeProto.GRAPH and not proto.ref_attr_name:
-            return _Reader(self.folder, self.opset, {**self.outer, **self.local}).graph(proto.g)
-        if proto.type == AttributeProto.GRAPHS:
+            body = _Reader(self.folder, self.opset, {**self.outer, **self.local}).graph(proto.g)
+            body.holder = holder if (holder := _residue(proto)).ByteSize() else None
+            return body
+        if proto.graphs or proto.HasField("g"):
             raise UnsupportedModelError(
-                f"node '{node.name or node.op_type}': a list of graphs in attribute '{proto.name}' would be lost"
+                f"node '{node.name or node.op_type}': what the graphs in attribute '{proto.name}' read would be lost; "
+                "only attributes of type GRAPH are understood"
             )
-        value = helper.get_attribute_value(proto) if not proto.ref_attr_name else None
-        for candidate in (value, _decoded(value)):  # a plain Python value where it writes back to the same message
-            if isinstance(candidate, int | float | str) or (candidate and isinstance(candidate, list)):
-                try:
-                    if helper.make_attribute(proto.name, candidate) == proto:
-                        return candidate
-                except (TypeError, ValueError):
-                    continue
+        _refuse_external(f"attribute '{proto.name}' of node '{node.name or node.op_type}'", proto.t, *proto.tensors)
+        value = _decoded(helper.get_attribute_value(proto)) if not proto.ref_attr_name else None
+        if isinstance(value, int | float | str) or (value and isinstance(value, list)):
+            with contextlib.suppress(TypeError, ValueError):
+                if helper.make_attribute(proto.name, value) == proto:
+                    return value  # a plain Python value, where it writes back to the same message
         return proto
+
+
+def _opset(imports: Iterable[onnx.OperatorSetIdProto], default: int) -> int:
+    """Returns the version of the ONNX standard's ops; its domain has two names."""
+    versions = {entry.domain: entry.version for entry in imports}
+    return versions.get("", versions.get("ai.onnx", default))
 
 
 def _write_graph(graph: Graph, proto: onnx.GraphProto, write: TensorWriter) -> None:
@@ -241,7 +257,7 @@ def _write_graph(graph: Graph, proto: onnx.GraphProto, write: TensorWriter) -> N
     for node in graph.nodes:
         _write_node(node, proto.node.add(), write)
     proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
-    proto.output.extend(_value_info(tensor) for tensor in graph.outputs)
+    proto.output.extend(graph.output_infos.get(tensor.name) or _value_info(tensor) for tensor in graph.outputs)
     borders = {id(tensor) for tensor in [*graph.inputs, *graph.outputs]}
     inner: list[Tensor] = [*graph.constants, *(tensor for node in graph.nodes for tensor in node.outputs)]
     proto.value_info.extend(
@@ -285,9 +301,16 @@ def _write_node(node: Node, proto: onnx.NodeProto, write: TensorWriter) -> None:
         if isinstance(value, AttributeProto):
             proto.attribute.append(value)
         elif isinstance(value, Graph):
-            _write_graph(value, proto.attribute.add(name=name, type=AttributeProto.GRAPH).g, write)
+            _write_body(name, value, proto.attribute.add(), write)
         else:
             proto.attribute.append(helper.make_attribute(name, value))
+
+
+def _write_body(name: str, body: Graph, proto: AttributeProto, write: TensorWriter) -> None:
+    if body.holder is not None:
+        proto.CopyFrom(body.holder)
+    proto.name, proto.type = name, AttributeProto.GRAPH
+    _write_graph(body, proto.g, write)
 
 
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
@@ -312,20 +335,22 @@ def _type_of(info: onnx.ValueInfoProto | None) -> tuple[np.dtype[Any] | None, tu
 
 
 def is_tensor_holder(node: onnx.NodeProto) -> bool:
-    """Whether this is a Constant node that holds one dense tensor of its own."""
-    return (
-        node.op_type == "Constant"
-        and node.domain in ("", "ai.onnx")
-        and [(a.name, a.type, a.ref_attr_name) for a in node.attribute] == [("value", AttributeProto.TENSOR, "")]
-    )
+    """Whether this is a Constant node that holds one dense tensor of its own, and nothing that `Constant` cannot carry."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.input or len(node.attribute) != 1:
+        return False
+    if len(node.output) != 1 or not node.output[0]:
+        return False
+    attribute = node.attribute[0]
+    present = {field.name for field, _ in attribute.ListFields()}
+    return attribute.name == "value" and attribute.type == AttributeProto.TENSOR and present == {"name", "type", "t"}
 
 
-def _residue(message: _M, **keep: Any) -> _M:
+def _residue(message: Any, **keep: Any) -> Any:
     """Returns a message of the same type with only the fields that are not modelled, plus ``keep``."""
-    _refuse_unknown_fields(message)
+    _refuse_unreadable(message)
     residue = type(message)(**keep)
     for field, value in message.ListFields():
-        if field.name in _MODELLED[type(message)]:  # type: ignore[index]  # called for the four types of the table
+        if field.name in _MODELLED[type(message)]:
             continue
         if field.is_repeated:
             getattr(residue, field.name).extend(value)
@@ -336,16 +361,30 @@ def _residue(message: _M, **keep: Any) -> _M:
     return residue
 
 
+def _refuse_external(owner: str, *tensors: TensorProto) -> None:
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
+        raise UnsupportedModelError(f"{owner}: its external data would be lost; save the model with the data inside")
+
+
 def _header(node: onnx.NodeProto) -> dict[str, str]:
     """Returns the name and domain that are present, empty or not: an exporter's empty name is written back."""
     return {field: getattr(node, field) for field in ("name", "domain") if node.HasField(field)}
 
 
-def _refuse_unknown_fields(message: Message) -> None:
+def _refuse_unreadable(message: Message) -> None:
     if len(UnknownFieldSet(message)):
         raise UnsupportedModelError(
             f"model: a {message.DESCRIPTOR.name} has fields unknown to onnx {onnx.__version__}; upgrade the onnx package"
         )
+    for field, content in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING:
+            for text in content if field.is_repeated else [content]:
+                _refuse_bytes(f"{message.DESCRIPTOR.name}.{field.name}", text)
+
+
+def _refuse_bytes(what: str, text: Any) -> None:
+    if isinstance(text, bytes):  # protobuf's way to hand out a text field that holds no UTF-8
+        raise ModelReadError(must("model", what, "UTF-8 text", text))
 
 
 def _decoded(value: Any) -> Any:

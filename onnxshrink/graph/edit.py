@@ -101,6 +101,8 @@ def replace_constant(scope: Graph, constant: Constant, fragment: Fragment) -> No
     An initializer that was listed as a graph input no longer is: a computed tensor cannot be overridden by the caller.
     """
     fragment.output.name = constant.name
+    if any(tensor is constant for tensor in scope.outputs):  # it stays described as it was
+        fragment.output.dtype, fragment.output.shape, fragment.output.info = constant.dtype, constant.shape, constant.info
     replace_everywhere(scope, constant, fragment.output)
     drop_constant(scope, constant)
     scope.nodes[:0] = fragment.nodes
@@ -140,13 +142,14 @@ def remove_dead(graph: Graph, suspects: Iterable[Node | Constant] | None = None)
         suspects: where to look; everything by default.
 
     Returns:
-        What was removed, last users first.
+        What was removed, last users first; what went inside the bodies of a removed node is not named again.
     """
-    owners = {id(item): scope.graph for scope in graph.scopes() for item in [*scope.graph.nodes, *scope.graph.constants]}
+    owners = {id(item): scope.graph for scope in graph.scopes() for item in scope.graph.items}
     outputs = output_ids(graph)
     if suspects is None:
-        suspects = [item for scope in graph.scopes() for item in [*scope.graph.constants, *scope.graph.nodes]]
-    queue, removed = list(suspects), []
+        suspects = [item for scope in graph.scopes() for item in scope.graph.items]
+    queue: list[Node | Constant] = list(suspects)
+    removed: list[Node | Constant] = []
     gone: set[int] = set()
     while queue:  # removing an item queues what it read, so one look at each suspect is enough
         item = queue.pop()
@@ -162,6 +165,8 @@ def remove_dead(graph: Graph, suspects: Iterable[Node | Constant] | None = None)
                 _unlink(body)
             queue.extend(tensor for tensor in inputs if isinstance(tensor, Constant))
             queue.extend(tensor.inputs[0] for tensor in inputs if isinstance(tensor, Variable) and tensor.inputs)
+    inside = _inner_ids(removed)
+    removed = [item for item in removed if id(item) not in inside]
     for owner in {id(owners[id(item)]): owners[id(item)] for item in removed if id(item) in owners}.values():
         owner.nodes = [node for node in owner.nodes if id(node) not in gone]
         owner.constants = [constant for constant in owner.constants if id(constant) not in gone]
@@ -236,13 +241,13 @@ def _sorted(graph: Graph) -> list[Node]:
     position = {id(node): index for index, node in enumerate(graph.nodes)}
     waiting: dict[int, int] = {}
     followers: dict[int, list[Node]] = {}
-    ready = []
+    ready: list[int] = []
     for node in graph.nodes:
         needs = {
             id(producer)
             for tensor in [*node.inputs, *(tensor for _, body in node.bodies() for tensor in _reads(body))]
             for producer in tensor.inputs
-            if id(producer) in position and producer is not node
+            if id(producer) in position
         }
         waiting[id(node)] = len(needs)
         for producer in needs:
@@ -270,6 +275,12 @@ def _reads(body: Graph) -> Iterator[Tensor]:
         yield from node.inputs
         for _, inner in node.bodies():
             yield from _reads(inner)
+
+
+def _inner_ids(items: Iterable[Node | Constant]) -> set[int]:
+    """Returns the ids of everything inside the bodies of the nodes among ``items``."""
+    bodies = [body for item in items if isinstance(item, Node) for _, body in item.bodies()]
+    return {id(item) for body in bodies for scope in body.scopes() for item in scope.graph.items}
 
 
 def _unlink(body: Graph) -> None:

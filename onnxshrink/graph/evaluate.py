@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxshrink.graph.convert import node_message
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable
+from onnxshrink.graph.storage import is_float
 
 __all__ = ["EXACT_OPS", "evaluate", "is_computable", "result_elements"]
 
@@ -26,7 +28,11 @@ EXACT_OPS = frozenset(
     "Transpose Unsqueeze Where".split()
 )
 _BROADCASTING_OPS = ("Add", "Div", "Equal", "Greater", "Less", "Mod", "Mul", "Sub", "Where")
-_INTEGER_ONLY = ("Div", "Mod")  # of floats, ONNX Runtime may multiply by a reciprocal, and Mod needs fmod
+_DIVISIONS = ("Div", "Mod")
+_CAST_TARGETS = frozenset(
+    getattr(TensorProto, name)
+    for name in "FLOAT16 BFLOAT16 FLOAT DOUBLE BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64".split()
+)
 
 
 def is_computable(node: Node) -> bool:
@@ -38,18 +44,43 @@ def is_computable(node: Node) -> bool:
     constants = [tensor for tensor in node.inputs if tensor.name]
     if not all(isinstance(tensor, Constant) and tensor.dtype != object for tensor in constants):
         return False
-    return node.op not in _INTEGER_ONLY or all(np.issubdtype(tensor.dtype, np.integer) for tensor in constants)
+    if node.op in _DIVISIONS:
+        return _divides_exactly(node)
+    return node.op != "Cast" or _casts_exactly(node)
 
 
 def result_elements(node: Node) -> int:
     """Returns an upper bound of the elements that a computable node puts out, so that nobody computes an outer product."""
     shapes = [tensor.shape for tensor in node.inputs if isinstance(tensor, Constant)]
+    if node.op == "Shape":
+        return len(shapes[0])
     if node.op in _BROADCASTING_OPS:
         return math.prod(np.broadcast_shapes(*shapes))
     if node.op == "Gather":
         table, indices = shapes
         return math.prod(indices) * math.prod(table) // max(1, table[int(node.attrs.get("axis", 0))])
-    return sum(math.prod(shape) for shape in shapes) + len(shapes[0] if shapes else ())
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _divides_exactly(node: Node) -> bool:
+    """Whether a division is of integers: of floats, and where Mod has fmod, ONNX Runtime rounds otherwise; by zero it ends."""
+    if node.attrs.get("fmod", 0) or not all(np.issubdtype(tensor.dtype, np.integer) for tensor in node.inputs):
+        return False
+    return bool(np.all(node.inputs[1].values))
+
+
+def _casts_exactly(node: Node) -> bool:
+    """Whether a Cast rounds at most once, to a number that the new type has room for."""
+    source, target = node.inputs[0], node.attrs.get("to")
+    if not isinstance(target, int) or target not in _CAST_TARGETS or not isinstance(source, Constant):
+        return False
+    dtype = helper.tensor_dtype_to_np_dtype(target)
+    if source.dtype == np.float64 and is_float(dtype):
+        return dtype.itemsize >= 4  # ONNX Runtime rounds to float32 on the way to 16 bits
+    if not is_float(source.dtype) or is_float(dtype) or dtype == np.bool_:
+        return True
+    values, limits = source.values.astype(np.float64), np.iinfo(dtype)
+    return bool(((values > limits.min - 1.0) & (values < limits.max + 1.0)).all())
 
 
 def evaluate(node: Node, scope: Graph) -> list[tuple[Variable, Array]]:
@@ -67,5 +98,5 @@ def evaluate(node: Node, scope: Graph) -> list[tuple[Variable, Array]]:
         input=[onnx.ValueInfoProto(name=name) for name in inputs],
         output=[onnx.ValueInfoProto(name=tensor.name) for tensor in outputs],
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", scope.opset)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", scope.opset)])
     return list(zip(outputs, map(np.asarray, ReferenceEvaluator(model).run(None, inputs)), strict=True))

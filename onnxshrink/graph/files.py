@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -29,7 +29,6 @@ ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto
 MAX_MESSAGE_BYTES = 2**31 - 1
 _SMALL_TENSOR_BYTES = 1024  # stays in the message: shapes and scalars are needed there for shape inference
 _ALIGNMENT = 4096  # ONNX Runtime maps external data by page when offsets are aligned (onnx.proto, external_data)
-_EMPTY = b""
 
 
 def load(source: ModelSource) -> Graph:
@@ -70,17 +69,17 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> int:
     target = Path(path)
     protected = {os.path.realpath(source) for source in source_paths(graph)}
     data_target = target.with_name(target.name + ".data")
-    for file in (target, data_target):
-        if os.path.realpath(file) in protected:
-            raise OutputError(f"{file}: the output must not replace data that the input still needs; choose another name")
+    for place in (target, data_target):
+        if os.path.realpath(place) in protected:
+            raise OutputError(f"{place}: the output must not replace data that the input still needs; choose another name")
     if not _needs_external(graph):
         with atomic_file(target) as file:
-            file.write(to_model(graph).SerializeToString(deterministic=True))
-            return file.tell()
+            return file.write(to_model(graph).SerializeToString(deterministic=True))
     with atomic_file(target) as file, atomic_file(data_target) as data:  # left in reverse: the data file is renamed first
         writer = _ExternalWriter(data, data_target.name)
-        file.write(to_model(graph, writer).SerializeToString(deterministic=True))
-        return file.tell() + data.tell()
+        message_bytes = file.write(to_model(graph, writer).SerializeToString(deterministic=True))
+        _to_disk(file)  # now, so that a full disk is noticed before the data file is renamed
+        return message_bytes + data.tell()
 
 
 @contextlib.contextmanager
@@ -98,6 +97,7 @@ def materialised(graph: Graph) -> Iterator[tuple[onnx.ModelProto | str, int]]:
 def model_bytes(graph: Graph) -> int:
     """Returns the bytes of the model with all its tensors inside, without building it; exact to a few length bytes."""
     constants = [constant for scope in graph.scopes() for constant in scope.graph.constants]
+    constants = [constant for constant in constants if constant.stored is None or not constant.stored.is_sparse]
     shell_bytes = {id(constant): TensorProto(name=constant.name).ByteSize() for constant in constants}
     shells = to_model(graph, lambda constant: TensorProto(name=constant.name)).ByteSize()
     return shells + sum(
@@ -140,15 +140,14 @@ def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterat
         OutputError: the folder is missing or not writable, or the disk is full.
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):
         raise OutputError(f"{target}: cannot be written: it is a folder")
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
             yield file  # type: ignore[misc]  # the wrapper has BinaryIO's methods
-            file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file)
         if not replace:
             return
         os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private; results follow the user's umask
@@ -178,7 +177,8 @@ class _ExternalWriter:
         reference = shell_tensor(constant)
         reference.data_location = TensorProto.EXTERNAL
         if stored is not None and isinstance(stored.tensor, TensorProto):
-            reference.doc_string = stored.tensor.doc_string
+            if stored.tensor.HasField("doc_string"):
+                reference.doc_string = stored.tensor.doc_string
             reference.metadata_props.extend(stored.tensor.metadata_props)
         offset = -(-self.file.tell() // _ALIGNMENT) * _ALIGNMENT
         self.file.seek(offset)
@@ -196,13 +196,24 @@ def _copy_range(stored: Stored, target: BinaryIO) -> None:
     """Copies an external tensor's bytes file to file, in pieces."""
     external = stored.external
     assert external is not None
-    with external.path.open("rb") as source:
+    try:
+        source = external.path.open("rb")
+    except OSError as error:
+        raise ModelReadError(f"{external.path}: cannot be read: {error.strerror}") from error
+    with source:
         source.seek(external.offset)
         left = external.length
         while left:
             piece = source.read(min(left, 1 << 24))
+            if not piece:
+                raise ModelReadError(f"{external.path}: {left} bytes are missing; the file was cut while the model was open")
             target.write(piece)
             left -= len(piece)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _needs_external(graph: Graph) -> bool:

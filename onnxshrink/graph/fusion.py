@@ -10,6 +10,7 @@ weights are computed in float64 and rounded once, so the result differs from the
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from onnxshrink.graph.edit import NameSource, remove_dead, set_values
 from onnxshrink.graph.ir import Constant, Graph, Node
@@ -30,6 +31,8 @@ def obstacle_to_folding(norm: Node, outputs: set[int]) -> str | None:
     conv = data.inputs[0] if data.inputs else None
     if conv is None or conv.op not in ("Conv", "ConvTranspose") or not conv.is_standard:
         return "no convolution directly before it"
+    if any(isinstance(value, onnx.AttributeProto) for value in norm.attrs.values()):
+        return "an attribute of it is set where the function is called"
     if norm.attrs.get("training_mode", 0) or sum(bool(tensor.name) for tensor in norm.outputs) > 1:
         return "it runs in training mode"
     if norm.attrs.get("spatial", 1) == 0:

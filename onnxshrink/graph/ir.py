@@ -10,7 +10,9 @@ initializer or the tensor of a Constant node are all a `Constant` in the ``const
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +112,7 @@ class Constant(gs.Constant):  # type: ignore[misc]  # GraphSurgeon ships no type
     @property
     def size(self) -> int:
         """The number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +168,11 @@ class Node(gs.Node):  # type: ignore[misc]  # GraphSurgeon ships no types
         """The name of the first output, by which reports and rules address the node."""
         return next((tensor.name for tensor in self.outputs if tensor.name), self.name)
 
+    @property
+    def overload(self) -> str:
+        """Which of the model-local functions of the op's name this calls, since IR version 10."""
+        return self.residue.overload if self.residue is not None else ""
+
     def bodies(self) -> Iterator[tuple[str, Graph]]:
         """Yields (attribute name, body) for each If, Loop or Scan body."""
         yield from ((name, value) for name, value in self.attrs.items() if isinstance(value, Graph))
@@ -192,6 +199,8 @@ class Graph(gs.Graph):  # type: ignore[misc]  # GraphSurgeon ships no types
         local_functions: the model's functions (main graph only).
         residue: fields of the GraphProto or FunctionProto that have no place here.
         model: fields of the ModelProto that have no place here (main graph only).
+        holder: fields of the AttributeProto that a body was read from that have no place here, or None.
+        output_infos: by name, of outputs that are described otherwise than the tensor is where it is defined.
     """
 
     nodes: list[Node]
@@ -209,19 +218,36 @@ class Graph(gs.Graph):  # type: ignore[misc]  # GraphSurgeon ships no types
         self.constants: list[Constant] = []
         self.local_functions: list[Graph] = []
         self.model = onnx.ModelProto()
+        self.holder: onnx.AttributeProto | None = None
+        self.output_infos: dict[str, onnx.ValueInfoProto] = {}
 
     @property
     def is_function(self) -> bool:
         """Whether this is a model-local function, where constants can only be Constant nodes."""
         return isinstance(self.residue, onnx.FunctionProto)
 
+    @property
+    def domain(self) -> str:
+        """The domain of a model-local function; empty for other graphs."""
+        return self.residue.domain if isinstance(self.residue, onnx.FunctionProto) else ""
+
+    @property
+    def overload(self) -> str:
+        """What tells model-local functions of one domain and name apart, since IR version 10."""
+        return self.residue.overload if isinstance(self.residue, onnx.FunctionProto) else ""
+
+    @property
+    def items(self) -> list[Node | Constant]:
+        """What this scope owns: its constants, then its nodes; not those of bodies."""
+        return [*self.constants, *self.nodes]
+
     def scopes(self) -> Iterator[Scope]:
         """Yields this graph, every body below it, and every function with its bodies; outer before inner."""
         yield from _scopes(self, "")
         for function in self.local_functions:
-            yield from _scopes(function, f"{function.residue.domain}::{function.name}")
+            yield from _scopes(function, f"{function.domain}::{function.name}")
 
-    def copy(self) -> Graph:  # type: ignore[override]  # GraphSurgeon's takes a tensor map
+    def copy(self) -> Graph:
         """Returns a structural copy: new nodes, tensors and lists; shared frozen arrays and stored tensors."""
         return _Copier().graph(self)
 
@@ -238,28 +264,37 @@ class _Copier:
             clone = self.clones[id(tensor)] = tensor.clone()
         return clone
 
+    def constant(self, constant: Constant) -> Constant:
+        clone = self.tensor(constant)
+        assert isinstance(clone, Constant)
+        return clone
+
     def graph(self, graph: Graph) -> Graph:
-        copy = Graph(graph.name, graph.opset, graph.residue)
-        copy.model, copy.ir_version = graph.model, graph.ir_version
+        copy = Graph(graph.name, graph.opset, deepcopy(graph.residue))
+        copy.model, copy.ir_version, copy.holder = deepcopy(graph.model), graph.ir_version, deepcopy(graph.holder)
+        copy.output_infos = dict(graph.output_infos)
         copy.inputs = [self.tensor(tensor) for tensor in graph.inputs]
-        copy.constants = [self.tensor(tensor) for tensor in graph.constants]  # type: ignore[misc]  # clones keep type
+        copy.constants = [self.constant(tensor) for tensor in graph.constants]
         copy.nodes = [self.node(node) for node in graph.nodes]
         copy.outputs = [self.tensor(tensor) for tensor in graph.outputs]
         copy.local_functions = [_Copier().graph(function) for function in graph.local_functions]
         return copy
 
     def node(self, node: Node) -> Node:
-        attrs = {name: self.graph(value) if isinstance(value, Graph) else value for name, value in node.attrs.items()}
+        attrs = {name: self.attribute(value) for name, value in node.attrs.items()}
         inputs = [self.tensor(tensor) for tensor in node.inputs]
         outputs = [self.tensor(tensor) for tensor in node.outputs]
-        return Node(node.op, inputs, outputs, attrs, node.name, node.domain, node.residue)
+        return Node(node.op, inputs, outputs, attrs, node.name, node.domain, deepcopy(node.residue))
+
+    def attribute(self, value: Any) -> Any:
+        if isinstance(value, Graph):
+            return self.graph(value)
+        return list(value) if isinstance(value, list) else value
 
 
 def freeze(array: Array) -> Array:
     """Returns the array, C-contiguous and read-only, so that copies of a graph can share it."""
     frozen = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes scalars 1-D
-    if frozen is array and array.flags.writeable:
-        frozen = array.view()
     frozen.flags.writeable = False
     return frozen
 

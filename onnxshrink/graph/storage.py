@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import onnx
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxshrink.errors import ModelReadError, UnsupportedModelError
+from onnxshrink.errors import ModelReadError, UnsupportedModelError, must
 
 __all__ = ["External", "Stored", "element_type", "is_float", "locate", "raw_nbytes"]
 
@@ -28,6 +29,7 @@ _SUB_BYTE_BITS = {
     TensorProto.UINT4: 4,
     TensorProto.FLOAT4E2M1: 4,
     **{getattr(TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)},
+    **{getattr(TensorProto, name): 6 for name in ("FLOAT6E2M3", "FLOAT6E3M2") if hasattr(TensorProto, name)},
 }
 
 
@@ -60,6 +62,8 @@ class Stored(LazyValues):  # type: ignore[misc]  # GraphSurgeon ships no types
         self.tensor = tensor
         self.external = external
         self.shape = tuple(tensor.dims)
+        if any(dim < 0 for dim in self.shape):
+            raise ModelReadError(must(f"tensor '{self._elements.name}'", "dimensions", "at least 0", list(self.shape)))
         self.dtype = element_type(self._elements.data_type)
         self.nbytes = raw_nbytes(math.prod(self.shape), self.dtype)
 
@@ -72,14 +76,18 @@ class Stored(LazyValues):  # type: ignore[misc]  # GraphSurgeon ships no types
         """Returns the values, read-only. External data of whole bytes is mapped, everything else is read.
 
         Raises:
-            UnsupportedModelError: the element type is not known to the installed onnx package.
+            ModelReadError: the data does not fit element type and dimensions, or external data is gone by now.
         """
-        if isinstance(self.tensor, onnx.SparseTensorProto):
-            values = _densify(self.tensor)
-        elif self.external is None:
-            values = numpy_helper.to_array(self.tensor)
-        else:
-            values = self._load_external(self.external)
+        try:
+            if isinstance(self.tensor, onnx.SparseTensorProto):
+                values = _densify(self.tensor)
+            elif self.external is None:
+                values = numpy_helper.to_array(self.tensor)
+            else:
+                values = self._load_external(self.external)
+        except (ValueError, TypeError, LookupError, OSError) as error:
+            name = self._elements.name
+            raise ModelReadError(f"tensor '{name}': its data must be {self.dtype} {list(self.shape)}, got: {error}") from error
         values.flags.writeable = False
         return values
 
@@ -88,8 +96,9 @@ class Stored(LazyValues):  # type: ignore[misc]  # GraphSurgeon ships no types
         return self.tensor.values if isinstance(self.tensor, onnx.SparseTensorProto) else self.tensor
 
     def _load_external(self, external: External) -> Array:
-        if self.tensor.data_type in _SUB_BYTE_BITS or external.length == 0:  # packed elements cannot be mapped
-            inline = TensorProto(dims=self.tensor.dims, data_type=self.tensor.data_type, raw_data=external.read())
+        data_type = self._elements.data_type
+        if data_type in _SUB_BYTE_BITS or external.length == 0:  # packed elements cannot be mapped
+            inline = TensorProto(dims=self.shape, data_type=data_type, raw_data=external.read())
             return numpy_helper.to_array(inline)
         mapped = np.memmap(external.path, np.uint8, "r", external.offset, (external.length,))
         return np.asarray(mapped).view(self.dtype.newbyteorder("<")).reshape(self.shape)
@@ -115,7 +124,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def raw_nbytes(size: int, dtype: np.dtype[Any]) -> int:
-    """Returns the bytes that ``size`` elements take as raw_data; elements of 4 and 2 bits are packed (onnx.proto)."""
+    """Returns the bytes that ``size`` elements take as raw_data; elements of less than a byte are packed (onnx.proto)."""
     if dtype == object:
         return 0
     return (size * _SUB_BYTE_BITS.get(helper.np_dtype_to_tensor_dtype(dtype), dtype.itemsize * 8) + 7) // 8
@@ -133,25 +142,27 @@ def locate(tensor: TensorProto, folder: Path | None) -> External | None:
     """
     if tensor.data_location != TensorProto.EXTERNAL:
         return None
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries: dict[str, Any] = {entry.key: entry.value for entry in tensor.external_data}  # bytes where it is no UTF-8
     location = entries.get("location", "")
     owner = f"tensor '{tensor.name}'"
     if folder is None:
         raise ModelReadError(f"{owner}: its external data '{location}' needs the model's folder; give the path of the model")
     path = folder / location
     root = os.path.realpath(folder)
-    if not location or os.path.isabs(location) or os.path.commonpath([root, os.path.realpath(path)]) != root:
+    inside = isinstance(location, str) and location and "\0" not in location and not os.path.isabs(location)
+    if not inside or os.path.commonpath([root, os.path.realpath(path)]) != root:
         raise ModelReadError(f"{owner}: external data '{location}' must lie inside the model's folder; refused")
     size = raw_nbytes(math.prod(tensor.dims), element_type(tensor.data_type))
     try:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", size))
-        available = path.stat().st_size
+        status = path.stat()
     except ValueError as error:
         raise ModelReadError(f"{owner}: external data offset and length must be integers, got {entries}") from error
     except OSError as error:
         raise ModelReadError(f"{owner}: external data file '{location}' cannot be read: {error.strerror}") from error
-    if length != size or offset < 0 or offset + length > available:
+    available = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    if length != size or min(offset, length) < 0 or offset + length > available:
         raise ModelReadError(
             f"{owner}: external data must be {size} bytes, got offset {offset} and length {length} in '{location}' of "
             f"{available} bytes; the file is truncated or does not belong to this model"

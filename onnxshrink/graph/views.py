@@ -71,10 +71,10 @@ class View:
 
     def channels_on(self, axis: int | None) -> View:
         """Returns this view with the channel axis that is ``axis`` of the tensor as it comes out now."""
-        for shape, step in zip(reversed(self.shapes[:-1]), reversed(self.steps), strict=True):
+        for before, after, step in zip(self.shapes[-2::-1], self.shapes[:0:-1], reversed(self.steps), strict=True):
             if axis is None:
                 break
-            axis = step[axis] if step is not None else _same_axis(shape, self.shape, axis)
+            axis = step[axis] if step is not None else _same_axis(before, after, axis)
         return View(self.shapes, self.steps, axis)
 
 
@@ -181,7 +181,7 @@ def _conv_transpose(view: View, node: Node) -> View | None:
         return None
     inputs, outputs, kernel = view.shape[0], view.shape[1], math.prod(view.shape[2:])
     groups = int(node.attrs.get("group", 1))
-    axis = 1 if groups == 1 else 0 if outputs == 1 else None
+    axis = 1 if groups == 1 else 0 if inputs == groups and outputs == 1 else None
     return (
         view.channels_on(axis)
         .reshape((groups, inputs // groups, outputs, kernel))

@@ -1,9 +1,9 @@
 """Finds the weights of a model, wherever they hide, and who computes with them.
 
 A weight is a numeric constant of any scope: main graph, If/Loop/Scan body or model-local function. It is traced forward through
-nodes that only move or convert elements (Identity, Cast, Transpose, Reshape, DequantizeLinear) and into the functions it is
-passed to, down to the nodes that compute with it. One stored tensor is one `Weight` however many nodes use it, so a tied
-weight is changed once for all of them.
+nodes that only move or convert elements (Identity, Cast, Transpose, Reshape, DequantizeLinear), into the functions it is passed
+to and back out of them, down to the nodes that compute with it. One stored tensor is one `Weight` however many nodes use it, so
+a tied weight is changed once for all of them.
 """
 
 from __future__ import annotations
@@ -107,40 +107,81 @@ def weights(graph: Graph) -> list[Weight]:
     for scope in graph.scopes():
         for constant in scope.graph.constants:
             if constant.size > 1 and constant.dtype != object and id(constant) not in parts:
-                uses = tuple(tracer.uses(constant, View((constant.shape,))))
-                found.append(Weight(scope.address(constant.name), scope, constant, uses))
+                found.append(Weight(scope.address(constant.name), scope, constant, tuple(tracer.uses(constant))))
     return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the trace of a weight has come to: a tensor, the view of it, the movers so far, and the calls it is within."""
+
+    tensor: Tensor
+    view: View | None
+    path: tuple[Node, ...] = ()
+    calls: tuple[Node, ...] = ()
 
 
 class _Tracer:
     """Follows tensors forward; built once per question because graph outputs are not linked to their tensors."""
 
     def __init__(self, graph: Graph) -> None:
-        self.functions = {(function.residue.domain, function.name): function for function in graph.local_functions}
-        function_ids = {id(function) for function in graph.local_functions}
-        self.outputs = {
-            id(tensor)
-            for scope in graph.scopes()
-            if id(scope.graph) not in function_ids
-            for tensor in scope.graph.outputs
+        self.functions = {(function.domain, function.name, function.overload): function for function in graph.local_functions}
+        self.returns = {
+            id(tensor): (function, index)
+            for function in graph.local_functions
+            for index, tensor in enumerate(function.outputs)
         }
+        self.calls: dict[int, list[Node]] = {}
+        self.outputs: set[int] = set()
+        for scope in graph.scopes():
+            if not scope.graph.is_function:
+                self.outputs.update(id(tensor) for tensor in scope.graph.outputs)
+            for node in scope.graph.nodes:
+                if (function := self.called(node)) is not None:
+                    self.calls.setdefault(id(function), []).append(node)
 
-    def uses(self, tensor: Tensor, view: View | None, path: tuple[Node, ...] = ()) -> Iterator[Use]:
-        if id(tensor) in self.outputs:
-            yield Use(None, 0, path, None)
-        for node in {id(node): node for node in tensor.outputs}.values():
+    def called(self, node: Node) -> Graph | None:
+        """Returns the local function that a node calls."""
+        return self.functions.get((node.domain or "", node.op, node.overload))
+
+    def uses(self, constant: Constant) -> Iterator[Use]:
+        """Yields every use once, in graph order; a way that parts and meets again is walked once."""
+        seen = set()
+        waiting: list[_Place | Use] = [_Place(constant, View((constant.shape,)))]
+        while waiting:
+            at = waiting.pop()
+            if isinstance(at, Use):
+                yield at
+            elif (key := (id(at.tensor), at.view, at.calls)) not in seen:
+                seen.add(key)
+                waiting.extend(reversed(list(self.next(at))))
+
+    def next(self, at: _Place) -> Iterator[_Place | Use]:
+        """Yields what reads the tensor of a place, and where it goes on."""
+        if id(at.tensor) in self.outputs:
+            yield Use(None, 0, at.path, None)
+        if id(at.tensor) in self.returns:
+            yield from self.returned(at)
+        for node in {id(node): node for node in at.tensor.outputs}.values():
             for operand, other in enumerate(node.inputs):
-                if other is tensor:
-                    yield from self.reads(node, operand, view, path)
+                if other is at.tensor:
+                    yield from self.reads(at, node, operand)
 
-    def reads(self, node: Node, operand: int, view: View | None, path: tuple[Node, ...]) -> Iterator[Use]:
-        function = self.functions.get((node.domain or "", node.op))
-        if function is not None and operand < len(function.inputs):
-            yield from self.uses(function.inputs[operand], view, (*path, node))
+    def returned(self, at: _Place) -> Iterator[_Place]:
+        """Yields the outputs of the call that the trace came through, or of every call if the function owns the weight."""
+        function, index = self.returns[id(at.tensor)]
+        for call in at.calls[-1:] or self.calls.get(id(function), []):
+            if index < len(call.outputs):
+                yield _Place(call.outputs[index], at.view, at.path, at.calls[:-1])
+
+    def reads(self, at: _Place, node: Node, operand: int) -> Iterator[_Place | Use]:
+        path, function = (*at.path, node), self.called(node)
+        if function is not None and operand < len(function.inputs) and node not in at.calls:
+            yield _Place(function.inputs[operand], at.view, path, (*at.calls, node))
             return
-        moved = through(view, node, operand) if view is not None else None
+        moved = through(at.view, node, operand) if at.view is not None else None
         if moved is not None or is_mover(node, operand):
             for output in node.outputs:
-                yield from self.uses(output, moved, (*path, node))
+                yield _Place(output, moved, path, at.calls)
         elif reads_values(node):
-            yield Use(node, operand, path, operand_view(view, node, operand) if view is not None else None)
+            yield Use(node, operand, at.path, operand_view(at.view, node, operand) if at.view is not None else None)

@@ -6,8 +6,8 @@ whoever wants to keep a piece copies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -16,16 +16,15 @@ __all__ = ["CHUNK", "Array", "chunks", "map_chunks", "tiles"]
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 1 << 20  # elements: temporaries of eight bytes each stay in the last-level cache
 
+_FLAGS: tuple[Literal["external_loop", "buffered", "zerosize_ok"], ...] = ("external_loop", "buffered", "zerosize_ok")
+
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 def chunks(values: Array, size: int = CHUNK) -> Iterator[Array]:
     """Yields 1-D pieces of at most `size` elements that together are `values`, in the order of memory."""
-    # object views (ml_dtypes) and zero-length arrays need the flags; order K follows transposed layouts without a copy
-    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
-    with np.nditer(values, flags=flags, op_flags=[["readonly"]], order="K", buffersize=size) as pieces:
-        for piece in pieces:
-            yield piece  # type: ignore[misc]  # one operand yields arrays, not tuples
+    with np.nditer(values, flags=_FLAGS, order="K", buffersize=size) as pieces:
+        yield from cast(Iterable[Array], pieces)
 
 
 def map_chunks(
@@ -43,22 +42,25 @@ def map_chunks(
         A C-contiguous array of the shape of `values`.
     """
     result = np.empty(values.shape, dtype)
-    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
-    ways: Any = [["readonly"], ["writeonly"]]
-    with np.nditer([values, result], flags=flags, op_flags=ways, order="K", buffersize=size) as pieces:
+    ways: list[list[Literal["readonly", "writeonly"]]] = [["readonly"], ["writeonly"]]
+    with np.nditer([values, result], flags=_FLAGS, op_flags=ways, order="K", buffersize=size) as pieces:
         for piece, target in pieces:
             target[...] = function(piece)
     return result
 
 
-def tiles(shape: tuple[int, ...], size: int = CHUNK) -> Iterator[tuple[slice, slice]]:
-    """Yields (rows, cols) slices that cover a matrix of this shape with tiles of at most `size` elements.
+def tiles(
+    shape: tuple[int, ...], size: int = CHUNK, row_step: int = 1, col_step: int = 1
+) -> Iterator[tuple[slice, slice]]:
+    """Yields (rows, cols) slices that cover a matrix of this shape with tiles of about `size` elements at most.
 
-    Rows stay whole where they fit, and tiles of the same rows follow each other.
+    Tiles start at multiples of the steps. Rows stay whole where they fit, and tiles of the same rows follow each other.
     """
     rows, cols = shape
-    width = max(min(cols, size), 1)
-    height = max(size // width, 1)
+    width = max(min(cols, size // row_step) // col_step, 1) * col_step
+    if width + col_step > cols:
+        width = max(cols, 1)
+    height = max(size // width // row_step, 1) * row_step
     for top in range(0, rows, height):
         for left in range(0, cols, width):
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, cols))

@@ -1,23 +1,19 @@
 """Codebooks: k-means in one dimension, on tensors of any size, and the codes that go with them.
 
-A tensor is first reduced to a `Sketch`: how many values fall into each of a million bins, and their mean there. Bins are the
-top 20 bits of a float32, so their width is 2^-11 of the value: an outlier costs no resolution, and what k-means loses is the
-variance inside bins, under (2^-12 |w|)^2 a weight. Small tensors and 16-bit floats are kept exactly.
-
-On the sketch the best codebook is found by dynamic programming where that is affordable, else by Lloyd's iteration from two
-starts, of which one is the uniform grid: no codebook is worse than that.
+A tensor is first reduced to a sketch, in which the best codebook is found by dynamic programming where that is
+affordable, else by dynamic programming on groups of bins and Lloyd's iteration on all bins. The rows of a matrix go the
+same way together, each towards a codebook of its own. No codebook is worse than the uniform grid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onnxshrink.errors import must
-from onnxshrink.numerics.chunks import CHUNK, Array, chunks, map_chunks, tiles
-from onnxshrink.numerics.floatbits import bits_of, check_finite, check_float
+from onnxshrink.numerics.chunks import CHUNK, Array, map_chunks, tiles
+from onnxshrink.numerics.floatbits import bits_of, check_finite
 from onnxshrink.numerics.lloyd import (
     companded_centers,
     companded_ranks,
@@ -26,58 +22,26 @@ from onnxshrink.numerics.lloyd import (
     thresholds,
     uniform_centers,
 )
-from onnxshrink.numerics.optimal_kmeans import optimal_centers, optimal_centers_with_zero
+from onnxshrink.numerics.optimal_kmeans import optimal_centers
+from onnxshrink.numerics.sketches import Sketch, sketch
 
-__all__ = ["Sketch", "kmeans_1d", "kmeans_rows", "nearest", "nearest_rows", "sketch"]
+__all__ = ["kmeans_1d", "kmeans_rows", "nearest", "nearest_rows"]
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
-_BIN_BITS = 20
-_EXACT_SIZE = 1 << 16  # tensors up to this size are sketched as they are
 _FEWEST_GROUPS, _OPTIMAL_WORK = 1 << 11, 1 << 17  # dynamic programming takes a fifth of a second with these
-_TABLE_SIZE = 1 << 22  # from this size on a look-up table of a million entries is worth making
+_ROW_GROUPS = 256  # of the points of a row, for the same purpose
+_ROWS_SIZE = CHUNK  # elements of rows that iterate together
+_TABLE_BITS, _TABLE_SIZE = 20, 1 << 22  # values from which on a look-up table of 2^20 entries is worth making
+_PATTERNS_SIZE = 1 << 16  # 16-bit values from which on a table of all of them is
 _COMPARED = 24  # up to this many limits, comparing with each is faster than a binary search
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """A weighted histogram whose bins keep their mean.
-
-    Attributes:
-        means: float64 [bins], strictly ascending.
-        counts: int64 [bins], all positive.
-    """
-
-    means: Array
-    counts: Array
-
-
-def sketch(values: Array) -> Sketch:
-    """Returns the histogram of values that k-means works on.
-
-    Args:
-        values: float16, bfloat16, float32 or float64, any shape, not empty.
-
-    Raises:
-        ValueError: no float dtype, no element, or one that is not finite.
-    """
-    check_float("sketch", values)
-    if not values.size:
-        raise ValueError(must("sketch", "values", "not empty", f"shape {values.shape}"))
-    check_finite("sketch", values)
-    if values.dtype.itemsize == 2:
-        return _sketch_of_patterns(values)
-    if values.size <= _EXACT_SIZE:
-        means, counts = np.unique(values.astype(np.float64), return_counts=True)
-        return Sketch(means, counts)
-    return _sketch_of_bins(values)
 
 
 def kmeans_1d(values: Sketch | Array, k: int, keep_zero: bool = False) -> Array:
     """Returns the codebook of least squared error, or one within a few thousandths of it.
 
-    Small sketches are clustered optimally. Of a large one, neighbouring bins are first put together in a few thousand groups
-    as a fine quantizer would (Panter & Dite 1951), these are clustered optimally, and Lloyd's iteration on all
+    Small sketches are clustered optimally. Of a large one, neighbouring bins are first put together in a few thousand
+    groups as a fine quantizer would (Panter & Dite 1951), these are clustered optimally, and Lloyd's iteration on all
     bins does the rest.
 
     Args:
@@ -86,8 +50,8 @@ def kmeans_1d(values: Sketch | Array, k: int, keep_zero: bool = False) -> Array:
         keep_zero: whether exactly 0.0 must be among the entries.
 
     Returns:
-        float64 [<= k], strictly ascending. Its squared error on the sketch is at most that of the uniform grid of k levels
-        from the least to the greatest mean (moved so that a level is zero, where zero is kept).
+        float64 [<= k], strictly ascending. Its squared error on the sketch is at most that of the uniform grid of k
+        levels from the least to the greatest mean (of which the level nearest to zero is made zero, with `keep_zero`).
 
     Raises:
         ValueError: k below 1, or values that `sketch` refuses.
@@ -98,22 +62,15 @@ def kmeans_1d(values: Sketch | Array, k: int, keep_zero: bool = False) -> Array:
     distinct = np.union1d(bins.means, [0.0]) if keep_zero else bins.means
     if distinct.size <= k:
         return distinct
-    optimal = optimal_centers_with_zero if keep_zero else optimal_centers
-    points, weights = bins.means, bins.counts.astype(np.float64)
-    most = max(_FEWEST_GROUPS, _OPTIMAL_WORK // k)
-    if points.size <= most:
-        return _settled(points, weights, optimal(points, weights, k), keep_zero)
-    codebook = _settled(points, weights, optimal(*_grouped(points, weights, most), k), keep_zero)
-    grid = uniform_centers(points[None, :1], points[None, -1:], k, keep_zero)
-    if _error(points, weights, codebook) <= _error(points, weights, grid[0]):
-        return codebook
-    return _settled(points, weights, grid[0], keep_zero)
+    points, weights = bins.means[None], bins.counts.astype(np.float64)[None]
+    return np.unique(_codebooks(points, weights, k, max(_FEWEST_GROUPS, _OPTIMAL_WORK // k), keep_zero))
 
 
 def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False) -> Array:
     """Returns a codebook of small squared error for each row; all rows iterate together.
 
-    Lloyd's iteration starts from the companded centers, and again from the uniform grid in rows that would be worse than it.
+    Up to 64 entries, errors stay within a hundredth of the least. With more, Lloyd's iteration starts from companded
+    centers (`companded_ranks`) and may end a third above the least, for dynamic programming would be slow.
 
     Args:
         matrix: [rows, cols >= 1], one of the four float dtypes.
@@ -138,8 +95,12 @@ def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False) -> Array:
             entries = kmeans_1d(row, k, keep_zero)
             target[:] = np.pad(entries, (0, k - entries.size), mode="edge")
         return codebooks
-    for rows, _ in tiles(matrix.shape):
-        codebooks[rows] = _block_codebooks(matrix[rows], k, keep_zero)
+    groups = min(_ROW_GROUPS, max(_ROW_GROUPS // 4, 8 * k)) if k <= _ROW_GROUPS // 4 else 0
+    for rows, _ in tiles(matrix.shape, _ROWS_SIZE):
+        # C order, because sorting and every gather of the iteration walk along rows
+        points = np.array(matrix[rows], dtype=np.float64 if matrix.dtype == np.float64 else np.float32, order="C")
+        points.sort(axis=1)
+        codebooks[rows] = _last_repeated(_codebooks(points, np.ones(points.shape), k, groups, keep_zero))
     return codebooks
 
 
@@ -156,20 +117,16 @@ def nearest(values: Array, codebook: Array) -> Codes:
     Raises:
         ValueError: a codebook of another shape or order, another dtype, or a value that is not finite.
     """
-    _check_codebooks("nearest", codebook, 1)
     check_finite("nearest", values)
-    limits = thresholds(codebook.astype(np.float64))
-    if values.dtype.itemsize == 2 and values.size > _EXACT_SIZE:
-        every = np.arange(1 << 16, dtype=np.uint16).view(values.dtype).astype(np.float64)
-        table = np.searchsorted(limits, every).astype(np.uint8)
+    limits = _thresholds("nearest", codebook, 1)
+    if values.dtype.itemsize == 2 and values.size >= _PATTERNS_SIZE:
+        table = _codes_of_patterns(limits, values.dtype)
         return map_chunks(lambda chunk: table[bits_of(chunk)], values, np.uint8)
-    if values.dtype.itemsize == 2:
-        limits32 = _floored(limits, np.float32)
-        return map_chunks(lambda chunk: np.searchsorted(limits32, chunk.astype(np.float32)), values, np.uint8)
-    floored = _floored(limits, values.dtype.type)
-    if values.size < _TABLE_SIZE:
-        return map_chunks(lambda chunk: np.searchsorted(floored, chunk), values, np.uint8)
-    return map_chunks(_BinnedSearch(floored), values, np.uint8)
+    wide = np.float64 if values.dtype == np.float64 else np.float32
+    floored = _floored(limits, wide)
+    if values.dtype == wide and values.size >= _TABLE_SIZE:
+        return map_chunks(_BinnedSearch(floored), values, np.uint8)
+    return map_chunks(lambda chunk: np.searchsorted(floored, chunk.astype(wide, copy=False)), values, np.uint8)
 
 
 def nearest_rows(matrix: Array, codebooks: Array) -> Codes:
@@ -186,13 +143,12 @@ def nearest_rows(matrix: Array, codebooks: Array) -> Codes:
         ValueError: shapes that do not fit, another dtype, or a value that is not finite.
     """
     owner = "nearest_rows"
-    _check_codebooks(owner, codebooks, 2)
-    if matrix.ndim != 2 or matrix.shape[0] != codebooks.shape[0]:
-        constraint = f"2-D with a row for each of {codebooks.shape[0]} codebooks"
-        raise ValueError(must(owner, "matrix", constraint, f"shape {matrix.shape}"))
     check_finite(owner, matrix)
     compute = np.float64 if matrix.dtype == np.float64 else np.float32
-    limits = _floored(thresholds(codebooks.astype(np.float64)), compute)
+    limits = _floored(_thresholds(owner, codebooks, 2), compute)
+    if matrix.ndim != 2 or matrix.shape[0] != len(codebooks):
+        constraint = f"2-D with a row for each of {len(codebooks)} codebooks"
+        raise ValueError(must(owner, "matrix", constraint, f"shape {matrix.shape}"))
     codes = np.empty(matrix.shape, np.uint8)
     for rows, cols in tiles(matrix.shape):
         block = np.ascontiguousarray(matrix[rows, cols], dtype=compute)
@@ -204,82 +160,47 @@ def nearest_rows(matrix: Array, codebooks: Array) -> Codes:
     return codes
 
 
-def _sketch_of_patterns(values: Array) -> Sketch:
-    """Returns the exact histogram of 16-bit floats."""
-    counts = np.zeros(1 << 16, np.int64)
-    for chunk in chunks(values):
-        counts += np.bincount(bits_of(chunk), minlength=counts.size)
-    found = np.flatnonzero(counts)
-    return _merged(found.astype(np.uint16).view(values.dtype).astype(np.float64), counts[found])
+def _codebooks(points: Array, weights: Array, k: int, groups: int, keep_zero: bool) -> Array:
+    """Returns the codebooks of rows of sorted weighted points, never worse than a uniform grid.
 
+    Args:
+        points: [rows, n] floats, each row ascending.
+        weights: [rows, n] float64, positive.
+        k: entries a row.
+        groups: how many points, or groups of them, dynamic programming may take; 0 for the companded centers instead.
+        keep_zero: whether exactly 0.0 must be among the entries.
 
-def _sketch_of_bins(values: Array) -> Sketch:
-    offset, exponent = _normalization(values)
-    counts, sums = np.zeros(1 << _BIN_BITS, np.int64), np.zeros(1 << _BIN_BITS)
-    shift = np.uint32(32 - _BIN_BITS)
-    for chunk in chunks(values, 2 * CHUNK):
-        plain = chunk if offset is None else np.ldexp(chunk - np.float64(offset), -exponent).astype(np.float32)
-        bins = (bits_of(plain) >> shift).astype(np.intp)
-        counts += np.bincount(bins, minlength=counts.size)
-        sums += np.bincount(bins, weights=chunk, minlength=counts.size)
-    found = np.flatnonzero(counts)
-    return _merged(sums[found] / counts[found], counts[found])
-
-
-def _normalization(values: Array) -> tuple[float | None, int]:
-    """Returns (offset, exponent) such that bins of ``(values - offset) * 2^-exponent`` are fine enough.
-
-    The offset is None where the values can be binned as they are. It is not zero only where the values are farther from
-    zero than from each other: their common part would use up the bits of the bins.
+    Returns:
+        float64 [rows, k], ascending.
     """
-    low, high = np.inf, -np.inf
-    for chunk in chunks(values):
-        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
-    nearest_zero = low if low > 0 else high if high < 0 else 0.0
-    offset = nearest_zero if abs(nearest_zero) > high / 2 - low / 2 else 0.0
-    exponent = int(np.frexp(max(high - offset, offset - low))[1])
-    if values.dtype == np.float32 and offset == 0.0 and exponent > -64:
-        return None, 0
-    return offset, exponent
-
-
-def _merged(means: Array, counts: Array) -> Sketch:
-    """Returns the sketch of bins in any order, of which some may have equal means."""
-    distinct, places = np.unique(means + 0.0, return_inverse=True)
-    return Sketch(distinct, np.bincount(places, weights=counts).astype(np.int64))
-
-
-def _grouped(points: Array, weights: Array, count: int) -> tuple[Array, Array]:
-    """Returns (means, masses) of about `count` groups of neighbours, none with points of both signs."""
-    places = np.minimum(companded_ranks(points[None], weights[None])[0] * count, count - 1).astype(np.int64)
-    _, groups = np.unique(3 * places + np.sign(points).astype(np.int64), return_inverse=True)
-    masses = np.bincount(groups, weights=weights)
-    return np.bincount(groups, weights=weights * points) / masses, masses
-
-
-def _settled(points: Array, weights: Array, centers: Array, keep_zero: bool) -> Array:
-    return np.unique(lloyd(points[None], weights[None], centers[None], keep_zero=keep_zero))
-
-
-def _error(points: Array, weights: Array, centers: Array) -> float:
-    return float(squared_errors(points[None], weights[None], centers[None])[0])
-
-
-def _block_codebooks(matrix: Array, k: int, keep_zero: bool) -> Array:
-    """Returns the codebooks of a block of rows; shapes as `kmeans_rows`."""
-    # C order, because sorting and every gather of the iteration walk along rows
-    points = np.array(matrix, dtype=np.float64 if matrix.dtype == np.float64 else np.float32, order="C")
-    points.sort(axis=1)
-    weights = np.ones(points.shape)
-    start = companded_centers(points, weights, k - keep_zero)
-    if keep_zero:
-        start = np.sort(np.pad(start, ((0, 0), (0, 1))), axis=1)
+    if groups:
+        few = _grouped(points, weights, groups) if points.shape[1] > groups else (points.astype(np.float64), weights)
+        start = optimal_centers(few[0], few[1], k, keep_zero=keep_zero)
+    else:
+        start = companded_centers(points, weights, k - keep_zero)
+        start = np.sort(np.pad(start, ((0, 0), (0, int(keep_zero)))), axis=1)
     codebooks = lloyd(points, weights, start, keep_zero=keep_zero)
     grids = uniform_centers(points[:, :1], points[:, -1:], k, keep_zero)
     worse = squared_errors(points, weights, codebooks) > squared_errors(points, weights, grids)
     if worse.any():
         codebooks[worse] = lloyd(points[worse], weights[worse], grids[worse], keep_zero=keep_zero)
-    return _last_repeated(codebooks)
+    return codebooks
+
+
+def _grouped(points: Array, weights: Array, count: int) -> tuple[Array, Array]:
+    """Returns (means, masses), float64 [rows, count], of groups of neighbours that a fine quantizer would make.
+
+    A group may be empty: its mass is zero, and its mean is that of the group before it.
+    """
+    rows = len(points)
+    # a wide gap between clusters deserves one group, not all of them
+    places = np.minimum(companded_ranks(points, weights, 1 / count) * count, count - 1).astype(np.intp)
+    places += np.arange(rows)[:, None] * count
+    masses = np.bincount(places.ravel(), weights=weights.ravel(), minlength=rows * count).reshape(rows, count)
+    sums = np.bincount(places.ravel(), weights=(weights * points).ravel(), minlength=rows * count).reshape(rows, count)
+    lowest = np.broadcast_to(points[:, :1].astype(np.float64), masses.shape)
+    means = np.divide(sums, masses, out=lowest.copy(), where=masses > 0)
+    return np.maximum.accumulate(means, axis=1), masses
 
 
 def _last_repeated(codebooks: Array) -> Array:
@@ -289,18 +210,29 @@ def _last_repeated(codebooks: Array) -> Array:
     return np.sort(np.where(repeats, codebooks[:, -1:], codebooks), axis=1)
 
 
-def _check_codebooks(owner: str, codebooks: Array, dimensions: int) -> None:
+def _thresholds(owner: str, codebooks: Array, dimensions: int) -> Array:
+    """Returns the thresholds of codebooks, float64, after checking their shape and order."""
     if codebooks.ndim != dimensions or not 1 <= codebooks.shape[-1] <= 256:
         raise ValueError(must(owner, "codebook", f"{dimensions}-D with 1 to 256 entries", f"shape {codebooks.shape}"))
-    if not np.all(np.isfinite(codebooks)) or np.any(np.diff(codebooks, axis=-1) < 0):
+    entries = codebooks.astype(np.float64)
+    if not np.all(np.isfinite(entries)) or np.any(entries[..., 1:] < entries[..., :-1]):
         raise ValueError(must(owner, "codebook", "finite and ascending", "other entries"))
+    return thresholds(entries)
 
 
 def _floored(limits: Array, dtype: type[np.generic]) -> Array:
     """Returns the greatest value of the dtype that is at most each limit: values of it compare the same with both."""
     with np.errstate(over="ignore"):
         rounded = limits.astype(dtype)
-    return np.where(rounded > limits, np.nextafter(rounded, rounded.dtype.type(-np.inf)), rounded)
+    floored: Array = np.where(rounded > limits, np.nextafter(rounded, rounded.dtype.type(-np.inf)), rounded)
+    return floored
+
+
+def _codes_of_patterns(limits: Array, dtype: np.dtype[Any]) -> Array:
+    """Returns uint8 [2^16]: how many limits are below each 16-bit float."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs are among them
+        every = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
+    return np.searchsorted(_floored(limits, np.float32), every).astype(np.uint8)
 
 
 def _codes_by_comparing(block: Array, limits: Array) -> Codes:
@@ -312,21 +244,21 @@ def _codes_by_comparing(block: Array, limits: Array) -> Codes:
 
 
 class _BinnedSearch:
-    """Finds how many limits are below each value: from a table of the top bits, with a binary search where bins are cut."""
+    """Finds how many limits are below each value, by a table of the top bits and a search where a limit cuts a bin."""
 
     def __init__(self, limits: Array) -> None:
         self.limits = limits
         patterns = bits_of(limits[:0]).dtype
-        self.shift = patterns.type(8 * patterns.itemsize - _BIN_BITS)
-        first = np.arange(1 << _BIN_BITS, dtype=patterns) << self.shift
+        self.shift = patterns.type(8 * patterns.itemsize - _TABLE_BITS)
+        first = np.arange(1 << _TABLE_BITS, dtype=patterns) << self.shift
         last = first | patterns.type((1 << int(self.shift)) - 1)
         codes = np.searchsorted(limits, first.view(limits.dtype))
         is_cut = codes != np.searchsorted(limits, last.view(limits.dtype))
         self.table = (codes + (is_cut << 8)).astype(np.uint16)
 
     def __call__(self, chunk: Array) -> Array:
-        entries = self.table[(bits_of(chunk) >> self.shift).astype(np.intp)]
-        codes = entries.astype(np.uint8)
+        entries: Array = self.table[(bits_of(chunk) >> self.shift).astype(np.intp)]
+        codes: Array = entries.astype(np.uint8)  # the low byte: the ninth bit says that a limit cuts the bin
         cut = np.flatnonzero(entries >> np.uint16(8))
         codes[cut] = np.searchsorted(self.limits, chunk[cut])
         return codes

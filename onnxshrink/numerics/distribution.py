@@ -1,8 +1,8 @@
 """How the values of a tensor are distributed: how many distinct ones, how many zeros, how many bits each is worth.
 
 Two notions of "distinct" live here. An exact codebook must reproduce a tensor bit for bit, so `distinct_values` and
-`codes_of` compare bit patterns: +0.0 and -0.0 are two values, and so are NaNs of different payload. `distribution` speaks
-of numbers: both zeros are one value.
+`codes_of` compare bit patterns: +0.0 and -0.0 are two values, and so are NaNs of different payload. `distribution`
+speaks of numbers: both zeros are one value.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.errors import must
-from onnxshrink.numerics.chunks import CHUNK, Array, chunks, map_chunks
+from onnxshrink.numerics.chunks import Array, chunks, map_chunks
 from onnxshrink.numerics.floatbits import bits_of
 
 __all__ = ["Distribution", "codes_of", "distinct_values", "distribution"]
 
-_SORTED_TOGETHER = 1 << 18  # elements: a first look at this many refuses a tensor of many values in milliseconds
+_AT_ONCE = 1 << 18  # elements: a first look at this many refuses a tensor of many values in milliseconds
 _PART = 1 << 22  # `distribution` sorts parts of about this many elements, or a sixteenth of a tensor if that is more
 _MOST_PARTS_LOG2 = 4
 _FEW = 1 << 16
@@ -52,13 +52,13 @@ def distinct_values(values: Array, limit: int) -> Array | None:
 
     Returns:
         The bitwise distinct values, [n <= limit], same dtype, ascending (-0.0 before +0.0, NaNs last); None if there
-        are more. It stops reading where the limit is passed: a tensor of random numbers takes milliseconds, of any size.
+        are more. It stops reading where the limit is passed: random numbers take milliseconds, however many.
 
     Raises:
         ValueError: elements of another width.
     """
     found = bits_of(np.empty(0, values.dtype))
-    for chunk in chunks(values, _SORTED_TOGETHER):
+    for chunk in chunks(values, _AT_ONCE):
         patterns = np.sort(bits_of(chunk))
         found = np.union1d(found, patterns[_run_starts(patterns)])
         if found.size > limit:
@@ -130,7 +130,8 @@ def _narrow_counts(values: Array) -> Iterator[tuple[int, Array]]:
     table = np.zeros(1 << (8 * patterns.itemsize), np.int64)
     for chunk in chunks(values):
         table += np.bincount(bits_of(chunk), minlength=table.size)
-    is_zero = np.arange(table.size, dtype=patterns).view(values.dtype) == np.zeros(1, values.dtype)
+    with np.errstate(invalid="ignore"):  # signalling NaNs are among all patterns
+        is_zero = np.arange(table.size, dtype=patterns).view(values.dtype) == np.zeros(1, values.dtype)
     yield int(table[is_zero].sum()), table[~is_zero & (table > 0)]
 
 
@@ -182,7 +183,7 @@ def _counted_part(values: Array, part: int, parts_log2: int) -> Iterator[tuple[A
 
 def _whole_runs(ascending: Array) -> Iterator[Array]:
     """Yields windows of a sorted array that cut no run of equal elements."""
-    firsts = np.searchsorted(ascending, ascending[::CHUNK])
+    firsts = np.searchsorted(ascending, ascending[::_AT_ONCE])
     for start, stop in zip(firsts, [*firsts[1:], ascending.size], strict=True):
         if start < stop:
             yield ascending[start:stop]
@@ -194,7 +195,8 @@ def _part_of(patterns: Array, part: int, parts_log2: int) -> Array:
     width = 8 * patterns.dtype.itemsize
     golden = patterns.dtype.type(int(0.6180339887498949 * 2**width) | 1)  # Fibonacci hashing: Knuth, TAOCP 6.4
     hashes = (patterns * golden) >> patterns.dtype.type(width - parts_log2)
-    return patterns[hashes == part]
+    chosen: Array = patterns[hashes == part]
+    return chosen
 
 
 def _run_starts(ascending: Array) -> Array:
@@ -211,21 +213,23 @@ def _by_value(patterns: Array, dtype: np.dtype[Any]) -> Array:
         return np.sort(values)
     with np.errstate(invalid="ignore"):  # signalling NaNs
         numbers = values.astype(np.float64)
-    return values[np.lexsort((~patterns, numbers))]
+    ascending: Array = values[np.lexsort((~patterns, numbers))]
+    return ascending
 
 
 def _perfect_hash(keys: Array) -> tuple[np.generic, np.generic, Array]:
     """Returns (factor, shift, table) such that ``table[keys * factor >> shift]`` is 0, 1, 2, ...
 
-    Under a random odd factor two keys collide with probability at most 2 / 2^18, so all of 256 keys are apart three times
-    out of four at least; keys of 16 bits or fewer have a slot each.
+    Under a random odd factor two keys collide with probability at most 2 / 2^18, so all of 256 keys are apart three
+    times out of four at least; keys of 16 bits or fewer have a slot each.
     """
     width = 8 * keys.dtype.itemsize
     table_bits = min(width, _TABLE_BITS)
     shift = keys.dtype.type(width - table_bits)
+    highest, one = np.iinfo(keys.dtype).max, keys.dtype.type(1)
     generator = np.random.default_rng(0)
     while True:
-        factor = generator.integers(0, np.iinfo(keys.dtype).max, dtype=keys.dtype.type, endpoint=True) | keys.dtype.type(1)
+        factor = generator.integers(0, highest, dtype=keys.dtype.type, endpoint=True) | one
         slots = (keys * factor) >> shift
         if np.unique(slots).size == keys.size:
             break

@@ -11,7 +11,7 @@ import numpy as np
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array, chunks
 
-__all__ = ["bits_of", "check_finite", "check_float", "exponent_mask"]
+__all__ = ["bits_of", "check_finite"]
 
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -29,37 +29,20 @@ def bits_of(values: Array) -> Array:
     return values.view(unsigned)
 
 
-def exponent_mask(dtype: np.dtype[np.generic]) -> int:
-    """Returns the bit pattern in which the exponent bits, and only these, are set.
-
-    Raises:
-        ValueError: not one of the four float dtypes.
-    """
-    mask = _EXPONENTS.get(dtype.name)
-    if mask is None:
-        raise ValueError(must("floatbits", "dtype", "float16, bfloat16, float32 or float64", dtype))
-    return mask
-
-
-def check_float(owner: str, values: Array) -> None:
-    """Checks that values are of one of the four float dtypes.
-
-    Raises:
-        ValueError: names the owner and the dtype.
-    """
-    if values.dtype.name not in _EXPONENTS:
-        raise ValueError(must(owner, "dtype", "float16, bfloat16, float32 or float64", values.dtype))
-
-
 def check_finite(owner: str, values: Array) -> None:
-    """Checks that every value is finite.
+    """Checks that values are floats, all of them finite.
+
+    Args:
+        owner: named in the error.
+        values: any shape.
 
     Raises:
-        ValueError: a NaN or an infinity, or no float dtype.
+        ValueError: another dtype than float16, bfloat16, float32 or float64; a NaN or an infinity.
     """
-    check_float(owner, values)
-    mask = exponent_mask(values.dtype)
+    mask = _EXPONENTS.get(values.dtype.name)
+    if mask is None:
+        raise ValueError(must(owner, "dtype", "float16, bfloat16, float32 or float64", values.dtype))
     for chunk in chunks(values):
-        # on the bits, because ufuncs on bfloat16 are slow
-        if int((bits_of(chunk) & bits_of(chunk).dtype.type(mask)).max()) == mask:
+        patterns = bits_of(chunk)  # ufuncs on bfloat16 are slow
+        if int((patterns & patterns.dtype.type(mask)).max()) == mask:
             raise ValueError(must(owner, "values", "finite", "a NaN or an infinity"))

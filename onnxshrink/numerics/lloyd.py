@@ -7,20 +7,23 @@ iterate together and leave when they have settled.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from onnxshrink.numerics.chunks import Array
 
 __all__ = ["companded_centers", "companded_ranks", "lloyd", "squared_errors", "thresholds", "uniform_centers"]
 
-_ITERATIONS = 1000  # 1-D iterations gain less than a hundredth of a percent past this
-_REPAIRS = 16
+_ITERATIONS = 1000  # fifty are usual; a bound for rounding that never comes to rest
+_REPAIRS = 16  # one or two are usual
+_CLIPPINGS = 4  # each lowers the total that shares are measured by, until few remain above
 
 
 def lloyd(points: Array, weights: Array, centers: Array, *, keep_zero: bool = False) -> Array:
     """Returns centers that Lloyd's iteration does not move, or hardly.
 
-    A cluster that owns no point is sent to the farthest point of one of the worst clusters, so k distinct points or more
+    A cluster that owns no point is sent to the farthest point of one of the worst clusters, so that k distinct points
     leave no cluster empty.
 
     Args:
@@ -30,7 +33,7 @@ def lloyd(points: Array, weights: Array, centers: Array, *, keep_zero: bool = Fa
         keep_zero: whether an entry that is 0.0 stays where it is.
 
     Returns:
-        float64 [rows, k], each row ascending; squared error is at most that of the start.
+        float64 [rows, k], each row ascending; up to rounding, the squared error is at most that of the start.
     """
     cloud = _Cloud(points, weights, keep_zero)
     for _ in range(_REPAIRS):
@@ -42,16 +45,17 @@ def lloyd(points: Array, weights: Array, centers: Array, *, keep_zero: bool = Fa
     return cloud.exact_means(centers)
 
 
-def companded_ranks(points: Array, weights: Array) -> Array:
-    """Returns where points stand, from 0 to 1, when many fine clusters of the best quantizer are spread evenly.
+def companded_ranks(points: Array, weights: Array, most: float = 1.0) -> Array:
+    """Returns where points stand, from 0 to 1, on a scale where the clusters of a fine quantizer are spread evenly.
 
     The density of the clusters is proportional to density^(1/3) (Panter & Dite 1951, "Quantization distortion in
-    pulse-count modulation with nonuniform spacing of levels"). A point of weight w amid a gap g has density w / g, so its
-    share of the clusters is ``g (w / g)^(1/3)``.
+    pulse-count modulation with nonuniform spacing of levels"). A point of weight w amid a gap g has density w / g, so
+    its share of the clusters is ``g (w / g)^(1/3)``.
 
     Args:
         points: [rows, n >= 1] floats, each row ascending.
         weights: [rows, n] float64, positive.
+        most: the greatest share of a row that a single point may have, about.
 
     Returns:
         float64 [rows, n], ascending; the last of a row is 1, unless all its points are the same.
@@ -60,13 +64,17 @@ def companded_ranks(points: Array, weights: Array) -> Array:
     around = np.zeros(points.shape)
     around[:, :-1] += gaps / 2
     around[:, 1:] += gaps / 2
-    shares = np.cumsum(np.cbrt(weights) * np.cbrt(around) ** 2, axis=1)
-    total = shares[:, -1:]
-    return np.divide(shares, total, out=shares, where=total > 0)
+    shares = np.cbrt(weights) * np.cbrt(around) ** 2
+    for _ in range(_CLIPPINGS):
+        np.minimum(shares, shares.sum(axis=1, keepdims=True) * most, out=shares)
+    ranks = np.cumsum(shares, axis=1)
+    total = ranks[:, -1:]
+    np.divide(ranks, total, out=ranks, where=total > 0)
+    return ranks
 
 
 def companded_centers(points: Array, weights: Array, k: int) -> Array:
-    """Returns float64 [rows, k]: points that are spread as the best quantizer with many clusters spreads these.
+    """Returns float64 [rows, k]: points that are spread as a fine quantizer spreads its clusters.
 
     Args and shapes are those of `companded_ranks`.
     """
@@ -87,8 +95,7 @@ def uniform_centers(lowest: Array, highest: Array, k: int, keep_zero: bool = Fal
     Returns:
         float64 [rows, k], ascending.
     """
-    steps = np.arange(k) / max(k - 1, 1)
-    centers = lowest.astype(np.float64) * (1 - steps) + highest.astype(np.float64) * steps
+    centers = np.linspace(lowest[:, 0].astype(np.float64), highest[:, 0], k, axis=1)
     if keep_zero:
         centers[np.arange(len(centers)), np.argmin(np.abs(centers), axis=1)] = 0.0
     return np.sort(centers, axis=1)
@@ -104,14 +111,18 @@ def thresholds(codebooks: Array) -> Array:
         float64 [..., k - 1], ascending. Of repeated entries only the first is ever chosen.
     """
     lower, upper = codebooks[..., :-1], codebooks[..., 1:]
-    middles = np.where(lower == upper, np.inf, lower + (upper - lower) / 2)
+    middles = lower / 2 + upper / 2
+    middles = np.where(middles < upper, middles, lower)  # where no float64 lies between
+    middles[lower == upper] = np.inf
     # a repeated entry is passed only together with the last of its kind
-    return np.minimum.accumulate(middles[..., ::-1], axis=-1)[..., ::-1]
+    passed: Array = np.minimum.accumulate(middles[..., ::-1], axis=-1)[..., ::-1]
+    return passed
 
 
 def squared_errors(points: Array, weights: Array, centers: Array) -> Array:
     """Returns float64 [rows]: the weighted squared distances of points to their nearest centers, summed."""
-    return _Cloud(points, weights, keep_zero=False).errors(centers).sum(axis=1)
+    errors: Array = _Cloud(points, weights, keep_zero=False).errors(centers).sum(axis=1)
+    return errors
 
 
 class _Cloud:
@@ -119,8 +130,14 @@ class _Cloud:
 
     def __init__(self, points: Array, weights: Array, keep_zero: bool) -> None:
         self.points, self.weights, self.keep_zero = points, weights, keep_zero
-        self.mass = _prefix_sums(weights)
-        self.moment = _prefix_sums(weights * points)
+
+    @cached_property
+    def mass(self) -> Array:
+        return _prefix_sums(self.weights)
+
+    @cached_property
+    def moment(self) -> Array:
+        return _prefix_sums(self.weights * self.points)
 
     def settle(self, centers: Array) -> Array:
         """Returns the centers after iterating each row until its clusters stay the same."""
@@ -142,7 +159,8 @@ class _Cloud:
         bounds = self._bounds(centers)
         empty = np.diff(bounds, axis=1) == 0
         if self.keep_zero:
-            empty &= centers != 0.0
+            zero = centers == 0.0
+            empty &= ~zero | (np.cumsum(zero, axis=1) > 1)  # a second zero may go elsewhere
         rows = np.flatnonzero(empty.any(axis=1))
         if not rows.size:
             return centers
@@ -150,14 +168,10 @@ class _Cloud:
         errors = self.errors(centers)[rows]
         worst = np.argsort(-errors, axis=1, kind="stable")
         idle = np.argsort(~empty[rows], axis=1, kind="stable")
-        farthest = self._farthest(centers, bounds)[rows]
-        for rank in range(centers.shape[1]):
-            source, target = worst[:, rank], idle[:, rank]
-            local = np.arange(rows.size)
-            use = empty[rows, target] & (errors[local, source] > 0)
-            if not use.any():
-                break
-            repaired[rows[use], target[use]] = farthest[local[use], source[use]]
+        farthest = np.take_along_axis(self._farthest(centers, bounds)[rows], worst, axis=1)
+        useful = np.take_along_axis(empty[rows], idle, axis=1) & (np.take_along_axis(errors, worst, axis=1) > 0)
+        row, rank = np.nonzero(useful)  # the idle center of each rank goes to the worst cluster of that rank
+        repaired[rows[row], idle[row, rank]] = farthest[row, rank]
         return np.sort(repaired, axis=1)
 
     def errors(self, centers: Array) -> Array:
