@@ -19,6 +19,7 @@ from onnxshrink.errors import OptionError, must
 __all__ = ["OptionInfo", "check_options", "convert_options", "did_you_mean", "option", "option_infos", "parse_options"]
 
 _KEY = "onnxshrink"
+_WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_options(owner: str, instance: Any) -> None:
         if value is None and type(None) in kinds:
             continue
         if not _is_of(value, kinds):
-            raise OptionError(must(owner, name, f"of type {_type_name(kinds)}", repr(value)))
+            raise OptionError(must(owner, name, _type_name(kinds), repr(value)))
         in_range = not isinstance(value, int | float) or (
             (meta.low is None or value >= meta.low) and (meta.high is None or value <= meta.high)
         )
@@ -111,7 +112,7 @@ def convert_options(owner: str, cls: type, values: Mapping[str, Any], *, per_sit
         if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
             value = float(value)
         if not _is_of(value, kinds):
-            raise OptionError(must(owner, _kebab(field.name), f"of type {_type_name(kinds)}", repr(value)))
+            raise OptionError(must(owner, _kebab(field.name), _type_name(kinds), repr(value)))
         arguments[field.name] = value
     return arguments
 
@@ -166,7 +167,7 @@ def _from_text(owner: str, name: str, kinds: tuple[type, ...], text: str) -> Any
             return words[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             continue
-    raise OptionError(must(owner, _kebab(name), f"of type {_type_name(kinds)}", repr(text)))
+    raise OptionError(must(owner, _kebab(name), _type_name(kinds), repr(text)))
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
@@ -180,19 +181,20 @@ def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _type_name(kinds: tuple[type, ...]) -> str:
-    return " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    return " or ".join(_WORDS[kind] for kind in kinds)
 
 
 def _allowed(meta: _Meta, kinds: tuple[type, ...]) -> str:
     if meta.choices:
         return "one of " + ", ".join(meta.choices)
+    words = _WORDS[kinds[0]]
     if meta.low is not None and meta.high is not None:
-        return f"between {meta.low:g} and {meta.high:g}"
+        return f"{words} from {meta.low:g} to {meta.high:g}"
     if meta.low is not None:
-        return f"at least {meta.low:g}"
+        return f"{words}, at least {meta.low:g}"
     if meta.high is not None:
-        return f"at most {meta.high:g}"
-    return "true or false" if kinds[0] is bool else "any"
+        return f"{words}, at most {meta.high:g}"
+    return words
 
 
 def _kebab(name: str) -> str:

@@ -226,6 +226,7 @@ def _report(
         bytes_before=before.nbytes,
         bytes_after=after.nbytes,
         seconds=time.perf_counter() - start,
+        chosen=tuple(field.name for field in dataclasses.fields(ran) if getattr(ran, field.name) != field.default),
         changes=() if outcome == "dropped" else tuple(attempt.report.changes),
         skips=tuple(attempt.report.skips),
         notes=tuple(attempt.report.notes),

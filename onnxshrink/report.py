@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from onnxshrink.contract import Change, Skip
 from onnxshrink.validate import Accuracy, OutputMetrics, Tolerance
 
-__all__ = ["CompressionReport", "Outcome", "PassReport", "format_bytes", "skip_counts"]
+__all__ = ["CompressionReport", "Outcome", "PassReport", "format_bytes", "skip_counts", "without_numbers"]
 
 Outcome = Literal["kept", "weakened", "unchanged", "dropped"]
 
@@ -28,6 +29,7 @@ class PassReport:
         bytes_before: bytes of the model before the step.
         bytes_after: bytes of the model after it.
         seconds: wall-clock time, validation included.
+        chosen: names of the options that differ from their defaults.
         changes: sites that were rewritten; empty when the pass was dropped.
         skips: sites that were left as they were.
         notes: what else is worth knowing.
@@ -41,6 +43,7 @@ class PassReport:
     bytes_before: int
     bytes_after: int
     seconds: float
+    chosen: Sequence[str] = ()
     changes: Sequence[Change] = ()
     skips: Sequence[Skip] = ()
     notes: Sequence[str] = ()
@@ -147,11 +150,26 @@ def format_bytes(count: int) -> str:
 
 
 def skip_counts(skips: Sequence[Skip]) -> list[tuple[str, int, str]]:
-    """Returns (reason, how often, first site) for each reason, most frequent first."""
-    first: dict[str, str] = {}
+    """Returns (reason, how often, first site) for each reason, most frequent first.
+
+    Reasons that differ in their numbers only are one; a reason that occurs once keeps its numbers.
+    """
+    first: dict[str, Skip] = {}
     for skip in skips:
-        first.setdefault(skip.reason, skip.site)
-    return [(reason, count, first[reason]) for reason, count in Counter(skip.reason for skip in skips).most_common()]
+        first.setdefault(without_numbers(skip.reason), skip)
+    counts = Counter(without_numbers(skip.reason) for skip in skips)
+    return [
+        (reason if count > 1 else first[reason].reason, count, first[reason].site) for reason, count in counts.most_common()
+    ]
+
+
+def without_numbers(reason: str) -> str:
+    """Returns a reason with an ellipsis for each number.
+
+    >>> without_numbers("would take 929 bytes, dense it takes 151")
+    'would take … bytes, dense it takes …'
+    """
+    return re.sub(r"\d[\d.,]*(?<![.,])", "…", reason)
 
 
 def _percent(share: float | None) -> str:

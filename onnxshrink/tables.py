@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from onnxshrink.report import CompressionReport, PassReport, format_bytes, skip_counts
+from onnxshrink.report import CompressionReport, PassReport, format_bytes, skip_counts, without_numbers
 from onnxshrink.validate import Tolerance
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latenc
 _STYLES = {"kept": "green", "weakened": "yellow", "unchanged": "dim", "dropped": "red"}
 _MOST_SKIPS = 6
 _MOST_WEIGHTS = 40
+_LONGEST_SITE = 30  # the end of a long name tells more than its beginning
 
 
 def compression(report: CompressionReport) -> RenderableType:
@@ -36,7 +38,7 @@ def compression(report: CompressionReport) -> RenderableType:
         steps.add_row(
             escape(_title(step)), outcome, str(len(step.changes)), str(len(step.skips)), sizes, f"{step.seconds:.1f}"
         )
-    size = f"[bold]{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)}[/] ({report.ratio:.2f}x smaller)"
+    size = f"\n[bold]{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)}[/] ({report.ratio:.2f}x smaller)"
     return Group(
         steps,
         *(f"[yellow]{escape(step.name)}: {escape(step.reason)}[/]" for step in report.passes if step.reason),
@@ -51,21 +53,22 @@ def compression(report: CompressionReport) -> RenderableType:
 
 def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, tolerance: Tolerance) -> RenderableType:
     """Returns how far each output is from the original's."""
-    title = f"{samples} sample{'s' * (samples != 1)}, {source}; {tolerance}"
-    table = _table("output", ">SQNR dB", ">cosine", ">max abs error", ">agreement", title=escape(title))
+    limits = f"limits: {tolerance}" if tolerance.is_set else "no limit"
+    head = f"\nOutputs against the original's, {samples} sample{'s' * (samples != 1)} of {os.path.basename(source)}, {limits}:"
+    table = _table("output", ">SQNR dB", ">cosine", ">max abs error", ">agreement")
     for output in metrics:
         agreement = "–" if output.agreement is None else f"{output.agreement:.1%}"
         table.add_row(
             escape(output.name), f"{output.sqnr_db:.1f}", f"{output.cosine:.6f}", f"{output.max_abs:.3g}", agreement
         )
-    return table
+    return Group(escape(head), table)
 
 
 def inspection(found: Inspection) -> RenderableType:
     """Returns the model's head line and its largest weights."""
     head = f"[bold]{escape(found.model)}[/]: {format_bytes(found.nbytes)}, opset {found.opset}, IR {found.ir_version}"
     ops = ", ".join(f"{op} {count}" for op, count in list(found.ops.items())[:8])
-    table = _table("weight", "op", "shape", "dtype", ">bytes", ">zeros", ">distinct", ">entropy", ">MACs", "passes that would act")
+    table = _table("weight", ">bytes", ">zeros", ">distinct", ">entropy", ">MACs", "would act")
     for info in found.weights[:_MOST_WEIGHTS]:
         table.add_row(*_weight_row(info))
     rest = found.weights[_MOST_WEIGHTS:]
@@ -133,21 +136,22 @@ def passes(described: Sequence[PassInfo]) -> RenderableType:
     for found in described:
         table = _table("option", "default", "allowed", "meaning")
         for info in found.options:
-            table.add_row(info.name, str(info.default), escape(f"{info.type}, {info.allowed}"), escape(info.help))
+            table.add_row(info.name, str(info.default).lower(), escape(info.allowed), escape(info.help))
         parts += [f"[bold]{escape(found.name)}[/]  {escape(found.summary)}", table]
     return Group(*parts)
 
 
 def _title(step: PassReport) -> str:
-    options = ", ".join(f"{key.replace('_', '-')}={value}" for key, value in step.options.items() if value is not None)
-    return f"{step.name} ({options})" if options else step.name
+    """Returns the pass as one would write it after --pass: its name and what differs from the defaults."""
+    changed = [f"{key.replace('_', '-')}={value}" for key, value in step.options.items() if key in step.chosen]
+    return f"{step.name}:{','.join(changed)}" if changed else step.name
 
 
 def _skips(step: PassReport) -> list[RenderableType]:
     counted = skip_counts(step.skips)
     if not counted:
         return []
-    table = _table(f"{step.name} left alone, because", ">sites", "for instance")
+    table = _table(f"\n{step.name} left alone, because", "\n>sites", "\nfor instance")
     for reason, count, site in counted[:_MOST_SKIPS]:
         table.add_row(escape(reason), str(count), escape(site))
     if len(counted) > _MOST_SKIPS:
@@ -157,25 +161,26 @@ def _skips(step: PassReport) -> list[RenderableType]:
 
 def _weight_row(info: WeightInfo) -> list[str]:
     macs = "–" if info.macs is None else f"{info.macs / 1e6:.2f} M" if info.macs >= 10_000 else str(info.macs)
-    shape = "x".join(map(str, info.shape))
-    stored = f"{format_bytes(info.nbytes)} ({info.bits:.1f} bits)" if info.coded else format_bytes(info.nbytes)
-    entropy, acting = f"{info.entropy_bits:.2f} bits", ", ".join(info.actions) or "–"
-    return [escape(info.site), info.op, shape, info.dtype, stored, f"{info.zeros:.1%}", str(info.distinct), entropy, macs, acting]
+    stored = f"{format_bytes(info.nbytes)}\n[dim]{info.bits:.2f} bits each[/]" if info.coded else format_bytes(info.nbytes)
+    site = info.site if len(info.site) <= _LONGEST_SITE else f"…{info.site[1 - _LONGEST_SITE :]}"
+    weight = f"{escape(site)}\n[dim]{info.op} {info.dtype} {'x'.join(map(str, info.shape))}[/]"
+    entropy, acting = f"{info.entropy_bits:.2f} bits", "\n".join(info.actions) or "–"
+    return [weight, stored, f"{info.zeros:.1%}", str(info.distinct), entropy, macs, acting]
 
 
 def _obstacles(weights: Sequence[WeightInfo]) -> list[tuple[str, str, int, int]]:
-    """Returns (pass, reason, weights, bytes), most bytes first."""
+    """Returns (pass, reason, weights, bytes), most bytes first; reasons that differ in numbers only count as one."""
     groups: dict[tuple[str, str], list[int]] = {}
     for info in weights:
         for name, reason in info.obstacles.items():
-            groups.setdefault((name, reason), []).append(info.nbytes)
+            groups.setdefault((name, without_numbers(reason)), []).append(info.nbytes)
     rows = [(name, reason, len(sizes), sum(sizes)) for (name, reason), sizes in groups.items()]
     return sorted(rows, key=lambda row: -row[3])
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def _table(*columns: str) -> Table:
     """Returns an empty table; a column whose name starts with > is right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        table.add_column(column.replace(">", ""), justify="right" if ">" in column else "left", overflow="fold")
     return table

@@ -138,14 +138,14 @@ def _cluster(rows: Array, axis: int | None, chosen: ShareWeights) -> tuple[np.nd
     k = 2**chosen.bits
     keep_zero = bool(np.count_nonzero(rows == 0) * k > rows.size)
     if axis is not None and chosen.per == "channel":
-        codebooks = kmeans_rows(rows, k, keep_zero=keep_zero)
+        codebooks = kmeans_rows(rows, k, keep_zero=keep_zero).astype(rows.dtype)
         return nearest_rows(rows, codebooks), Codebook(codebooks, axis)
     if axis is None:
-        codebook = kmeans_1d(rows, k, keep_zero=keep_zero)
+        codebook = kmeans_1d(rows, k, keep_zero=keep_zero).astype(rows.dtype)
         return nearest(rows, codebook), Codebook(codebook)
     scale = _channel_scales(rows)
     scaled = rows.astype(np.float32) / scale[:, None]
-    codebook = kmeans_1d(scaled, k, keep_zero=keep_zero)
+    codebook = kmeans_1d(scaled, k, keep_zero=keep_zero).astype(np.float16)  # as it is stored, so that codes fit it
     return nearest(scaled, codebook), Codebook(codebook, axis, scale)
 
 
@@ -166,7 +166,7 @@ def _store(weight: Weight, coding: _Coding, names: NameSource) -> Change | Skip:
     fragment: Fragment = coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
     after = fragment.nbytes(scope)
     if after >= before:
-        return Skip(weight.site, f"{coding.detail} would take {after} bytes, dense it takes {before}")
+        return Skip(weight.site, f"too small to gain: {after} bytes as codes ({coding.detail}), {before} bytes as it is")
     replace_constant(scope, constant, fragment)
     note = "; no longer a graph input that callers can override" if listed else ""
     return Change(weight.site, before, after, coding.detail + note)

@@ -127,7 +127,7 @@ def _sparsify(weight: Weight, chosen: Sparsify, mask: Array | None) -> Change | 
     if zeros == zeros_before:
         return Skip(weight.site, f"{zeros:.1%} zeros already, in this pattern")
     nbytes = constant_bytes(weight.constant, weight.scope.graph)
-    whole = pattern.kind == "unstructured" or weight.view is None
-    set_values(weight.constant, sparse.reshape(weight.constant.shape) if whole else weight.view.inverse(sparse))
+    view = None if pattern.kind == "unstructured" else weight.view
+    set_values(weight.constant, sparse.reshape(weight.constant.shape) if view is None else view.inverse(sparse))
     after = constant_bytes(weight.constant, weight.scope.graph)
     return Change(weight.site, nbytes, after, f"{zeros:.1%} zeros (was {zeros_before:.1%}), {pattern}")

@@ -5,6 +5,7 @@
     constant    nodes that read only constants, computed now when the result takes no more bytes than what it replaces
     batch norm  Conv or ConvTranspose followed by BatchNormalization:  W' = s·W,  b' = (b - mean)·s + B,  s = scale / sqrt(var + eps)
     duplicate   constants of one scope with the same type, shape and bytes become one
+    notes       on request, the doc_strings and metadata_props of nodes, where exporters leave stack traces; the model's own stay
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from onnxshrink.options import option
 
 __all__ = ["Tidy"]
 
+_NOTE_FIELDS = ("doc_string", "metadata_props")
+_MANY_NOTES_BYTES = 10_000  # from here on people want to know
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tidy(Pass):
@@ -43,6 +47,7 @@ class Tidy(Pass):
     name: ClassVar[str] = "tidy"
     fold_constants: bool = option(True, "compute nodes that read only constants", per_site=False)
     fold_batch_norm: bool = option(True, "fold BatchNormalization into the convolution before it", per_site=False)
+    strip_notes: bool = option(False, "drop doc_strings and metadata_props of nodes, not of the model", per_site=False)
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place; see the module for what is done, in that order."""
@@ -54,10 +59,14 @@ class Tidy(Pass):
             if self.fold_batch_norm:
                 answers += _fold_batch_norms(scope, graph)
             answers += _merge_duplicates(scope, graph)
-        return Report(
-            changes=[answer for answer in answers if isinstance(answer, Change)],
-            skips=[answer for answer in answers if isinstance(answer, Skip)],
-        )
+        changes = [answer for answer in answers if isinstance(answer, Change)]
+        notes_bytes = sum(_notes_bytes(node) for scope in graph.scopes() for node in scope.graph.nodes)
+        if self.strip_notes and notes_bytes:
+            changes += _strip_notes(graph)
+        worth_telling = notes_bytes > _MANY_NOTES_BYTES and not self.strip_notes
+        hint = f"exporter's notes on nodes take {notes_bytes} bytes; tidy:strip-notes=true drops them"
+        skips = [answer for answer in answers if isinstance(answer, Skip)]
+        return Report(changes, skips, notes=[hint] if worth_telling else [])
 
 
 def _remove_unused(graph: Graph) -> Iterator[Change]:
@@ -128,6 +137,22 @@ def _merge_duplicates(scope: Scope, graph: Graph) -> Iterator[Change]:
                 replace_everywhere(scope.graph, constant, twin)
                 drop_constant(scope.graph, constant)
                 yield Change(scope.address(constant.name), before, nodes_bytes(readers), f"same as {twin.name}")
+
+
+def _strip_notes(graph: Graph) -> Iterator[Change]:
+    for scope in graph.scopes():
+        before = nodes_bytes(scope.graph.nodes)
+        for node in scope.graph.nodes:
+            if node.residue is not None:
+                for field in _NOTE_FIELDS:
+                    node.residue.ClearField(field)
+        yield Change(scope.path or graph.name or "graph", before, nodes_bytes(scope.graph.nodes), "notes on nodes dropped")
+
+
+def _notes_bytes(node: Node) -> int:
+    if node.residue is None:
+        return 0
+    return len(node.residue.doc_string.encode()) + sum(entry.ByteSize() for entry in node.residue.metadata_props)
 
 
 def _is_identity(node: Node) -> bool:

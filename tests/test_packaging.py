@@ -42,7 +42,6 @@ def copy_tree(target: Path, *, link: bool) -> Path:
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [path for path in ROOT.iterdir() if path.is_file()]:
         shutil.copy(file, target)
-    (target / "README.md").touch()
     return target
 
 

@@ -475,12 +475,12 @@ class TestTolerance:
     @pytest.mark.parametrize(
         ("limit", "value", "allowed"),
         [
-            ("min_sqnr_db", 301, "between -300 and 300"),
-            ("min_sqnr_db", float("nan"), "between -300 and 300"),
-            ("max_drift", -0.1, "between 0 and 1e+15"),
-            ("max_drift", float("inf"), "between 0 and 1e+15"),
-            ("min_agreement", 99, "between 0 and 1"),
-            ("min_agreement", "high", "of type float or none"),
+            ("min_sqnr_db", 301, "a number from -300 to 300"),
+            ("min_sqnr_db", float("nan"), "a number from -300 to 300"),
+            ("max_drift", -0.1, "a number from 0 to 1e+15"),
+            ("max_drift", float("inf"), "a number from 0 to 1e+15"),
+            ("min_agreement", 99, "a number from 0 to 1"),
+            ("min_agreement", "high", "a number or none"),
         ],
     )
     def test_limits_out_of_range(self, limit: str, value: Any, allowed: str) -> None:

@@ -130,26 +130,28 @@ def _reshape(view: View, node: Node) -> View | None:
     return view.reshape(tuple(dims)) if math.prod(dims) == math.prod(view.shape) else None
 
 
-def _transpose(view: View, node: Node) -> View:
-    axes = node.attrs.get("perm") or list(range(len(view.shape)))[::-1]
-    return view.permute(tuple(int(axis) for axis in axes))
+def _transpose(view: View, node: Node) -> View | None:
+    axes = tuple(node.attrs.get("perm") or range(len(view.shape))[::-1])
+    return view.permute(axes) if sorted(axes) == list(range(len(view.shape))) else None
 
 
 def _unchanged(view: View, _: Node) -> View:
     return view
 
 
-def _flatten(view: View, node: Node) -> View:
-    axis = int(node.attrs.get("axis", 1))
-    axis = axis + len(view.shape) if axis < 0 else axis
+def _flatten(view: View, node: Node) -> View | None:
+    axis, rank = int(node.attrs.get("axis", 1)), len(view.shape)
+    if not -rank <= axis <= rank:
+        return None
+    axis = axis + rank if axis < 0 else axis
     return view.reshape((math.prod(view.shape[:axis]), math.prod(view.shape[axis:])))
 
 
 def _squeeze(view: View, node: Node) -> View | None:
-    axes = _axes(node)
-    if axes is None:
+    axes, rank = _axes(node), len(view.shape)
+    if axes is None or any(not -rank <= axis < rank or view.shape[axis] != 1 for axis in axes):
         return None
-    dropped = {axis % len(view.shape) for axis in axes} or {index for index, dim in enumerate(view.shape) if dim == 1}
+    dropped = {axis % rank for axis in axes} or {index for index, dim in enumerate(view.shape) if dim == 1}
     return view.reshape(tuple(dim for index, dim in enumerate(view.shape) if index not in dropped))
 
 
@@ -159,6 +161,8 @@ def _unsqueeze(view: View, node: Node) -> View | None:
         return None
     rank = len(view.shape) + len(axes)
     added, dims = {axis % rank for axis in axes}, iter(view.shape)
+    if len(added) != len(axes):
+        return None
     return view.reshape(tuple(1 if index in added else next(dims) for index in range(rank)))
 
 
@@ -181,6 +185,8 @@ def _conv_transpose(view: View, node: Node) -> View | None:
         return None
     inputs, outputs, kernel = view.shape[0], view.shape[1], math.prod(view.shape[2:])
     groups = int(node.attrs.get("group", 1))
+    if groups < 1 or inputs % groups:
+        return None
     axis = 1 if groups == 1 else 0 if inputs == groups and outputs == 1 else None
     return (
         view.channels_on(axis)

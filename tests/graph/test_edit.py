@@ -263,7 +263,8 @@ class TestSort:
         graph = graph_of(
             """g (float[3] x, bool c) => (float[3] y) {
                 y = If(c) <then_branch = t () => (float[3] a) {
-                        a = If(c) <then_branch = tt () => (float[3] b) { b = Neg(h) }, else_branch = te () => (float[3] b) { b = Abs(h) }> },
+                        a = If(c) <then_branch = tt () => (float[3] b) { b = Neg(h) },
+                                   else_branch = te () => (float[3] b) { b = Abs(h) }> },
                     else_branch = e () => (float[3] a) { a = Neg(x) }>
                 h = Exp(x)
             }"""

@@ -221,7 +221,10 @@ class TestLeftAlone:
     def test_attributes_by_reference(self) -> None:
         model = parser.parse_model(
             """<ir_version: 8, opset_import: ["": 17, "local": 1]> g () => (int64[1] y) { y = local.f <to = 7> () }
-            <domain: "local", opset_import: ["": 17]> f <to> () => (r) { w = Constant <value = float[1] {3}> () r = Cast <to: int = @to> (w) }"""
+            <domain: "local", opset_import: ["": 17]> f <to> () => (r) {
+                w = Constant <value = float[1] {3}> ()
+                r = Cast <to: int = @to> (w)
+            }"""
         )
         assert not is_computable(load(model).local_functions[0].nodes[0])
 

@@ -200,7 +200,8 @@ class TestObstacles:
 
     def test_attributes_known_only_where_the_function_is_called(self) -> None:
         model = parser.parse_model(
-            """<ir_version: 8, opset_import: ["": 17, "local": 1]> g (float[1, 1, 3] x) => (float[1, 1, k] y) { y = local.f <eps = 0.1> (x) }
+            """<ir_version: 8, opset_import: ["": 17, "local": 1]>
+            g (float[1, 1, 3] x) => (float[1, 1, k] y) { y = local.f <eps = 0.1> (x) }
             <domain: "local", opset_import: ["": 17]> f <eps> (x) => (y) {
                 w = Constant <value = float[1, 1, 2] {1, 2}> ()
                 one = Constant <value = float[1] {1}> ()

@@ -369,6 +369,12 @@ class TestEdges:
             node("Reshape", (np.array([2, 3]),), allowzero=1),
             node("Reshape"),
             node("Slice", (np.array([0]), np.array([1]))),
+            node("Transpose", perm=[0, 0]),
+            node("Transpose", perm=[0]),
+            node("Flatten", axis=3),
+            node("Squeeze", axes=[0]),
+            node("Squeeze", axes=[2]),
+            node("Unsqueeze", axes=[0, 0]),
             Node("Reshape", [Variable("x"), Variable("shape")], [Variable("y")]),
             Node("Unsqueeze", [Variable("x"), Variable("axes")], [Variable("y")]),
             Node("Squeeze", [Variable("x"), Variable("axes")], [Variable("y")]),
@@ -420,6 +426,10 @@ class TestEdges:
     )
     def test_tensors_of_another_rank_have_no_matrix(self, op: str, operand: int, shape: Shape) -> None:
         assert operand_view(View((shape,)), self.node(op), operand) is None
+
+    @pytest.mark.parametrize("groups", [0, -1, 2])
+    def test_groups_that_do_not_divide_the_inputs_have_no_matrix(self, groups: int) -> None:
+        assert operand_view(View(((3, 2, 2),)), self.node("ConvTranspose", group=groups), 1) is None
 
     def test_which_inputs_are_what(self) -> None:
         assert is_mover(self.node("Concat"), 3)

@@ -44,9 +44,10 @@ class TestLayouts:
         assert np.array_equal(mapped, array.astype(np.float32) + 1)
 
 
-def test_chunks_of_contiguous_arrays_are_views():
-    array = np.arange(20.0)
-    assert all(np.shares_memory(piece, array) for piece in chunks(array, 6))
+def test_chunks_of_contiguous_and_transposed_arrays_are_views():
+    array = np.arange(24.0).reshape(4, 6)
+    for view in (array, array.T):
+        assert all(np.shares_memory(piece, array) for piece in chunks(view, 7))
 
 
 @given(
