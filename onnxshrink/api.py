@@ -29,8 +29,8 @@ from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.files import ModelSource, load, materialised, save
 from onnxshrink.graph.ir import Graph
-from onnxshrink.inspection import Inspection, inspect_graph
 from onnxshrink.inputs import InputSource, Samples, read_inputs
+from onnxshrink.inspection import Inspection, inspect_graph
 from onnxshrink.latency import LatencyReport
 from onnxshrink.latency import bench as measure_latency
 from onnxshrink.pipeline import Candidate, Settings, run_steps

@@ -13,6 +13,7 @@ the estimate was too kind.
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,10 @@ def only(step: Step, site: str) -> Step:
 
 
 def without(step: Step, sites: Sequence[str]) -> Step:
-    """Returns the step with some sites left alone."""
-    return Step(step.run, [*step.rules, *(Rule(glob.escape(site), skip=True) for site in sites)])
+    """Returns the step with some sites spared: treated as gently as the pass can, or left alone."""
+    options = step.run.spared()
+    rules = (Rule(glob.escape(site), options or {}, skip=options is None) for site in sites)
+    return Step(step.run, [*step.rules, *rules])
 
 
 def probe(changes: Sequence[Change], drift_of: Callable[[str], float | None]) -> list[SiteError]:
@@ -63,6 +66,6 @@ def worst_per_byte(errors: Sequence[SiteError], budget: float) -> list[str]:
 
 def _spared(ordered: Sequence[SiteError], budget: float) -> Iterator[SiteError]:
     for index, error in enumerate(ordered):
-        if sum(rest.squared_drift for rest in ordered[index:]) <= budget:  # summed anew: infinities do not subtract
+        if math.fsum(rest.squared_drift for rest in ordered[index:]) <= budget:  # anew: infinities do not subtract
             return
         yield error

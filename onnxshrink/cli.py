@@ -66,6 +66,8 @@ def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # an Exception too
+            raise
         except ShrinkError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:

@@ -167,6 +167,10 @@ class Pass(ABC):
         """Returns a gentler variant to try when the result is past the tolerance, or None."""
         return None
 
+    def spared(self) -> Mapping[str, Any] | None:
+        """Returns options for single sites that cannot bear this pass at full strength, or None to leave those alone."""
+        return None
+
 
 @dataclass(frozen=True)
 class Step:

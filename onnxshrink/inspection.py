@@ -39,7 +39,8 @@ class WeightInfo:
         distinct: number of distinct values.
         entropy_bits: Shannon entropy of the values, bits per weight; no coding of single values is shorter.
         bits: bits per weight as stored now.
-        macs: multiply-accumulates for one synthetic sample, None if no node that uses it ran.
+        macs: multiply-accumulates for one synthetic sample; None if no node that uses it ran, or only ones that ONNX Runtime
+            inlined from a model-local function.
         coded: whether it is stored as codes.
         actions: per pass that would change it with default options, what it would do.
         obstacles: per other pass, why it would not.
@@ -91,7 +92,7 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
     notes: list[str] = []
     progress("tracing one run", 0, 0)
     traces = _traces(graph, notes)
-    answers = _dry_runs(graph, progress)
+    answers = _dry_runs(graph, notes, progress)
     infos = []
     found = weights(graph)
     for number, weight in enumerate(found):
@@ -127,12 +128,18 @@ def _traces(graph: Graph, notes: list[str]) -> Mapping[int, NodeTrace]:
         return {}
 
 
-def _dry_runs(graph: Graph, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, tuple[bool, str]]]:
+def _dry_runs(
+    graph: Graph, notes: list[str], progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, tuple[bool, str]]]:
     """Returns, per pass, whether and how it would change each site: every pass runs on a copy that is then dropped."""
     answers = {}
     for name in pass_names():
         progress(f"asking {name}", 0, 0)
-        report = pass_class(name)().apply(graph.copy(), Context())
+        try:
+            report = pass_class(name)().apply(graph.copy(), Context())
+        except Exception as error:  # third-party code: the other passes answer all the same
+            notes.append(f"{name} does not say what it would do: {type(error).__name__}: {error}")
+            continue
         changed = {change.site: (True, change.detail) for change in report.changes}
         answers[name] = {**{skip.site: (False, skip.reason) for skip in report.skips}, **changed}
     return answers

@@ -109,8 +109,6 @@ def convert_options(owner: str, cls: type, values: Mapping[str, Any], *, per_sit
     for field, kinds, value in _match(owner, cls, values):
         if per_site and not field.metadata[_KEY].per_site:
             raise OptionError(f"{owner}: option '{_kebab(field.name)}' holds for the whole pass; a rule cannot set it")
-        if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-            value = float(value)
         if not _is_of(value, kinds):
             raise OptionError(must(owner, _kebab(field.name), _type_name(kinds), repr(value)))
         arguments[field.name] = value
@@ -148,12 +146,14 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], tuple[type, ...], _
 
 def _match(owner: str, cls: type, values: Mapping[str, Any]) -> list[tuple[dataclasses.Field[Any], tuple[type, ...], Any]]:
     known = {_kebab(field.name): (field, kinds) for field, kinds, _ in _fields(cls)}
-    matched = []
+    matched: dict[str, tuple[dataclasses.Field[Any], tuple[type, ...], Any]] = {}
     for key, value in values.items():
         if (name := _kebab(key)) not in known:
             raise OptionError(f"{owner}: unknown option '{key}'; {did_you_mean(name, known)}")
-        matched.append((*known[name], value))
-    return matched
+        if name in matched:
+            raise OptionError(f"{owner}: option '{name}' is given twice")
+        matched[name] = (*known[name], value)
+    return list(matched.values())
 
 
 def _from_text(owner: str, name: str, kinds: tuple[type, ...], text: str) -> Any:
@@ -171,7 +171,7 @@ def _from_text(owner: str, name: str, kinds: tuple[type, ...], text: str) -> Any
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -9,6 +9,7 @@ harm for the bytes they save (`onnxshrink.backoff`); and is else dropped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -29,8 +30,7 @@ __all__ = ["Candidate", "Settings", "interface", "run_steps"]
 
 _MOST_ATTEMPTS = 8
 _MOST_BACKOFFS = 5
-_SHARE_OF_BUDGET = 0.7  # probes see few samples, so the first estimate keeps clear of the limit
-_SMALLER_BUDGET = 0.4  # each further attempt has this share of the one before
+_SMALLER_BUDGET = 0.5  # each further attempt may have this share of the squared error of the one before
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def _run_step(good: Candidate, step: Step, settings: Settings, prefix: str) -> t
     while current is not None and len(failures) < _MOST_ATTEMPTS:
         weakest = Step(current, step.rules)
         attempt = _attempt(good, weakest, settings, prefix)
+        if attempt.candidate is good and failures:
+            break  # so weak that nothing is left of it
         if attempt.candidate is not None:
             outcome: Outcome = "unchanged" if attempt.candidate is good else "weakened" if failures else "kept"
             return attempt.candidate, _report(step.run, current, outcome, failures, good, attempt, start)
@@ -134,33 +136,49 @@ def _spare_sites(good: Candidate, step: Step, report: Report, settings: Settings
         nonlocal done
         settings.progress(f"{prefix}: probing sites", done := done + 1, total)
         graph = _rewrite(good, only(step, site), settings)[0]
-        worst = compare(reference, graph).worst("drift") if graph is not None else None
-        return worst.drift if worst is not None else None
+        if graph is None:
+            return None
+        comparison = compare(reference, graph)
+        worst = comparison.worst("drift")
+        return worst.drift if worst is not None and comparison.failure is None else None
 
     errors = probe(report.changes, drift_of)
-    limit = settings.tolerance.drift_limit
-    everything = sum(error.squared_drift for error in errors)
-    budget = _SHARE_OF_BUDGET * (everything if limit is None else limit**2)
+    budget = _first_budget(errors, settings.tolerance.drift_limit)
     for _ in range(_MOST_BACKOFFS):
         spared = worst_per_byte(errors, budget)
-        if len(spared) == total:
-            return None
         attempt = _attempt(good, without(step, spared), settings, prefix)
+        if attempt.candidate is good:
+            return None
         if attempt.candidate is not None:
             return dataclasses.replace(attempt, report=_with_reasons(attempt.report, spared, errors))
         budget *= _SMALLER_BUDGET
     return None
 
 
+def _first_budget(errors: Sequence[SiteError], limit: float | None) -> float:
+    """Returns the sum of squared drifts to begin with: the limit's, and less than that of all sites, which is too much."""
+    finite = [error.squared_drift for error in errors if math.isfinite(error.squared_drift)]
+    fewer = math.fsum(finite) * (_SMALLER_BUDGET if len(finite) == len(errors) else 1.0)
+    return fewer if limit is None else min(fewer, limit**2)
+
+
 def _with_reasons(report: Report, spared: Sequence[str], errors: Sequence[SiteError]) -> Report:
-    """Returns the report with the reason why each spared site was left alone, in place of the rule that did it."""
-    drifts = {error.site: error.squared_drift**0.5 for error in errors if error.site in spared}
-    skips = [
-        Skip(skip.site, f"spared: by itself it moves the outputs by {drifts[skip.site]:.2%}") if skip.site in drifts else skip
-        for skip in report.skips
+    """Returns the report with the reason why each spared site was treated otherwise."""
+    reasons = {error.site: _reason(error) for error in errors if error.site in spared}
+    skips = [Skip(skip.site, reasons.get(skip.site, skip.reason)) for skip in report.skips]
+    changes = [
+        dataclasses.replace(change, detail=f"{change.detail}; {reasons[change.site]}") if change.site in reasons else change
+        for change in report.changes
     ]
-    note = f"{len(spared)} of {len(errors)} sites were spared to stay within the limits: {', '.join(spared[:5])}"
-    return dataclasses.replace(report, skips=skips, notes=[*report.notes, note + (", ..." if len(spared) > 5 else "")])
+    names = ", ".join(spared[:5]) + (", ..." if len(spared) > 5 else "")
+    note = f"{len(spared)} of {len(errors)} sites were spared to stay within the limits: {names}"
+    return dataclasses.replace(report, changes=changes, skips=skips, notes=[*report.notes, note])
+
+
+def _reason(error: SiteError) -> str:
+    if math.isinf(error.squared_drift):
+        return "spared: by itself it makes the model fail, or give NaN or infinity"
+    return f"spared: by itself it moves the outputs by {math.sqrt(error.squared_drift):.2%}"
 
 
 def _attempt(good: Candidate, step: Step, settings: Settings, prefix: str) -> _Attempt:
@@ -191,14 +209,16 @@ def _rewrite(good: Candidate, step: Step, settings: Settings) -> tuple[Graph | N
 
 
 def _validate(graph: Graph, report: Report, settings: Settings) -> _Attempt:
-    with materialised(graph) as (model, nbytes):
-        complaint = check(model, settings.level)
-        if complaint is not None:
-            return _Attempt(report, None, f"its result is not valid ONNX: {complaint}")
-        try:
+    try:
+        with materialised(graph) as (model, nbytes):
+            complaint = check(model, settings.level)
+            if complaint is not None:
+                return _Attempt(report, None, f"its result is not valid ONNX: {complaint}")
             comparison = compare(settings.reference, model, metrics=settings.metrics)
-        except ShrinkError as error:
-            return _Attempt(report, None, str(error))
+    except ShrinkError as error:
+        return _Attempt(report, None, str(error))
+    except Exception as error:  # third-party code may leave behind what protobuf does not take
+        return _Attempt(report, None, f"its result cannot be written: {type(error).__name__}: {error}")
     if comparison.failure is not None:
         return _Attempt(report, None, comparison.failure, too_far=True)
     violation = settings.tolerance.violation(comparison)

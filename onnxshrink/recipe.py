@@ -15,6 +15,7 @@ Every level is strict: an unknown key is an error that suggests the nearest know
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxshrink.contract import Pass, Rule, Step
-from onnxshrink.errors import OptionError, RecipeError, must
+from onnxshrink.errors import OptionError, RecipeError, RegistryError, must
 from onnxshrink.options import convert_options, did_you_mean, parse_options
 from onnxshrink.registry import pass_class
 from onnxshrink.validate import Tolerance
@@ -74,18 +75,18 @@ def parse_recipe(text: str, owner: str = "recipe") -> Recipe:
     """
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: int() has a limit of its own
         raise RecipeError(f"{owner}: not valid TOML: {error}") from error
     try:
         _check_keys(owner, table, {"format": int, "tolerance": dict, "pass": list})
         if table.get("format") != FORMAT:
             raise RecipeError(must(owner, "format", str(FORMAT), table.get("format", "nothing"), "write: format = 1"))
         steps = tuple(_step(f"{owner}, pass {number}", entry) for number, entry in enumerate(table.get("pass", []), 1))
-        return Recipe(steps, _tolerance(f"{owner}, tolerance", table.get("tolerance", {})))
+        return Recipe(steps, _tolerance(owner, table.get("tolerance", {})))
     except RecipeError:
         raise
-    except OptionError as error:
-        raise RecipeError(str(error)) from error
+    except ValueError as error:  # a number of so many digits that no message can show it
+        raise RecipeError(f"{owner}: {error}") from error
 
 
 def parse_pass(text: str) -> Pass:
@@ -112,24 +113,33 @@ def _step(owner: str, entry: Any) -> Step:
     _check_keys(owner, entry, {"name": str, "options": dict, "rule": list})
     if "name" not in entry:
         raise RecipeError(f"{owner}: name must be given, e.g. name = \"share-weights\"")
-    cls = pass_class(entry["name"])
-    owner = f"{owner} ({entry['name']})"
-    instance = cls(**convert_options(owner, cls, entry.get("options", {})))
-    return Step(instance, tuple(_rule(f"{owner}, rule {n}", cls, rule) for n, rule in enumerate(entry.get("rule", []), 1)))
+    try:
+        cls = pass_class(entry["name"])
+        instance = cls(**convert_options(entry["name"], cls, entry.get("options", {})))
+    except (OptionError, RegistryError) as error:
+        raise RecipeError(f"{owner}: {error}") from error
+    rules = enumerate(entry.get("rule", []), 1)
+    return Step(instance, tuple(_rule(f"{owner}, rule {number}", instance, rule) for number, rule in rules))
 
 
-def _rule(owner: str, cls: type[Pass], entry: Any) -> Rule:
+def _rule(owner: str, default: Pass, entry: Any) -> Rule:
     _check_keys(owner, entry, {"match": str, "options": dict, "skip": bool})
     if "match" not in entry:
         raise RecipeError(f"{owner}: match must be given, e.g. match = \"*/layer4/*\"")
-    options = convert_options(owner, cls, entry.get("options", {}), per_site=True)
-    cls(**options)  # range checks now, not in the middle of a run
+    try:
+        options = convert_options(default.name, type(default), entry.get("options", {}), per_site=True)
+        dataclasses.replace(default, **options)  # range checks now, not in the middle of a run
+    except OptionError as error:
+        raise RecipeError(f"{owner}: {error}") from error
     return Rule(entry["match"], options, entry.get("skip", False))
 
 
 def _tolerance(owner: str, entry: Mapping[str, Any]) -> Tolerance:
-    _check_keys(owner, entry, dict.fromkeys(_LIMITS, (int, float)))
-    return Tolerance(**{_LIMITS[key]: float(value) for key, value in entry.items()})
+    _check_keys(f"{owner}, tolerance", entry, dict.fromkeys(_LIMITS, (int, float)))
+    try:
+        return Tolerance(**{_LIMITS[key]: value for key, value in entry.items()})
+    except OptionError as error:  # it begins with "tolerance"
+        raise RecipeError(f"{owner}, {error}") from error
 
 
 def _check_keys(owner: str, entry: Any, known: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from onnxshrink.contract import Pass
 from onnxshrink.errors import RegistryError
@@ -52,7 +53,7 @@ def pass_class(name: str) -> type[Pass]:
     """
     third_party = _third_party()
     if name in third_party:
-        loaded = third_party[name].load()
+        loaded = _load(third_party[name])
     elif name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         loaded = getattr(importlib.import_module(module), attribute)
@@ -66,14 +67,22 @@ def pass_class(name: str) -> type[Pass]:
 def _third_party() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        owner = entry.dist.name if entry.dist else entry.value
         if entry.name in _BUILT_IN:
-            raise RegistryError(f"pass '{entry.name}' is claimed by onnxshrink and by {owner}; uninstall or rename one")
+            raise RegistryError(f"pass '{entry.name}' is claimed by onnxshrink and by {_owner(entry)}; uninstall or rename one")
         if entry.name in found and found[entry.name].value != entry.value:
-            other = found[entry.name].dist
-            raise RegistryError(
-                f"pass '{entry.name}' is claimed by {other.name if other else found[entry.name].value} and by {owner}; "
-                "uninstall or rename one"
-            )
+            owners = f"{_owner(found[entry.name])} and by {_owner(entry)}"
+            raise RegistryError(f"pass '{entry.name}' is claimed by {owners}; uninstall or rename one")
         found[entry.name] = entry
     return found
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # importing runs third-party code
+        reason = f"{type(error).__name__}: {error}"
+        raise RegistryError(f"pass '{entry.name}' of {_owner(entry)} cannot be imported: {reason}") from error
+
+
+def _owner(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value

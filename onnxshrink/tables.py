@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -54,7 +54,7 @@ def compression(report: CompressionReport) -> RenderableType:
 def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, tolerance: Tolerance) -> RenderableType:
     """Returns how far each output is from the original's."""
     limits = f"limits: {tolerance}" if tolerance.is_set else "no limit"
-    head = f"\nOutputs against the original's, {samples} sample{'s' * (samples != 1)} of {os.path.basename(source)}, {limits}:"
+    head = f"\nOutputs against the original's, {samples} sample{'s' * (samples != 1)} of {PurePath(source).name}, {limits}:"
     table = _table("output", ">SQNR dB", ">cosine", ">max abs error", ">agreement")
     for output in metrics:
         agreement = "–" if output.agreement is None else f"{output.agreement:.1%}"

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,8 +74,9 @@ def _check_declaration(subject: Pass) -> None:
             raise PassError(f"{cls.__name__}: {clause}")
 
     demand(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", cls.name) is not None, "its name must be kebab-case")
-    demand(bool((cls.__doc__ or "").strip()), "it must say in its docstring what it does")
-    parameters = getattr(cls, "__dataclass_params__", None)
+    written = (cls.__doc__ or "").strip()
+    demand(bool(written) and not written.startswith(f"{cls.__name__}("), "it must say in its docstring what it does")
+    parameters = cls.__dict__.get("__dataclass_params__")  # its own, not those of Pass
     keyword_only = all(field.kw_only for field in dataclasses.fields(subject))
     demand(parameters is not None and parameters.frozen and keyword_only, "it must be a frozen keyword-only dataclass")
     for field in dataclasses.fields(subject):
@@ -116,8 +118,9 @@ class _Trial:
         work = graph.copy()
         states = (random.getstate(), str(np.random.get_state()))  # noqa: NPY002  # the very state that must not move
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _logged() as logged:
             report = self.subject.apply(work, context or Context(seed=self.seed))
+        self.demand(not logged, f"it must log nothing, got {''.join(logged)[:80]!r}")
         self.demand(not printed.getvalue(), f"it must print nothing, got {printed.getvalue()[:80]!r}")
         unmoved = states == (random.getstate(), str(np.random.get_state()))  # noqa: NPY002  # as above
         self.demand(unmoved, "it must not use global random generators")
@@ -176,6 +179,19 @@ class _Trial:
             not report.changes or bool(report.notes),
             f"a second application must change nothing or say why in a note, got {[c.site for c in report.changes][:3]}",
         )
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """Gives a list of what is logged meanwhile."""
+    messages: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(listener)
+    try:
+        yield messages
+    finally:
+        logging.getLogger().removeHandler(listener)
 
 
 def _serialised(graph: Graph) -> bytes:

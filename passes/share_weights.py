@@ -5,6 +5,7 @@ A weight with at most 2^bits distinct values is stored exactly. Otherwise its va
     kmeans     k = 2^bits values of least squared error Σ (w - codebook[code])² (Lloyd 1982): for the tensor, per output channel,
                or for the tensor after each channel c was divided by a scale s_c = √(max |w_c| · rms(w_c))
     uniform    an affine grid (code - zero point) · scale; |w - w'| ≤ scale / 2 within the range of the grid
+    16 bits    no sharing: w rounded to float16, |w - w'| ≤ 2^-11 |w|, for weights that cannot bear less
     auto       kmeans with scales, and uniform per channel where the codebook would weigh over an eighth of the codes
 
 The scale lies between the two usual ones: dividing by max |w_c| spends codes on a few large weights, dividing by the rms leaves
@@ -16,18 +17,21 @@ fast as before. A weight whose coded form is not smaller in the file stays as it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
+from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.codebook import (
-    FIRST_OPSET,
     MAX_FOLDED_ELEMENTS,
     Codebook,
     UniformGrid,
     coded_weight,
+    first_opset,
+    half_weight,
 )
 from onnxshrink.graph.coded import coded_weights
 from onnxshrink.graph.edit import Fragment, NameSource, constant_bytes, replace_constant
@@ -42,6 +46,7 @@ from onnxshrink.options import option
 __all__ = ["ShareWeights"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_MOST_BITS, _HALF_BITS = 8, 16
 _LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
 
 
@@ -55,12 +60,19 @@ class _Coding:
     detail: str
 
 
+@dataclass(frozen=True)
+class _Half:
+    """What a weight becomes when it is rounded to float16."""
+
+    detail: str = "float16"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShareWeights(Pass):
     """Stores weights as codebook and codes: exactly where few values occur, else by k-means or on a uniform grid."""
 
     name: ClassVar[str] = "share-weights"
-    bits: int = option(8, "bits per code: at most 2^bits values", low=1, high=8)
+    bits: int = option(8, "bits per code, at most 2^bits values: 1 to 8; or 16, which stores float16", low=1, high=16)
     method: str = option("auto", "how values are grouped; exact changes none", choices=("auto", "exact", "kmeans", "uniform"))
     per: str = option(
         "scale",
@@ -68,9 +80,18 @@ class ShareWeights(Pass):
         choices=("tensor", "channel", "scale"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _MOST_BITS < self.bits < _HALF_BITS:
+            raise OptionError(must(self.name, "bits", "1 to 8, or 16 for float16", self.bits))
+
+    def spared(self) -> Mapping[str, Any]:
+        """Returns the options of weights that cannot bear codes: float16."""
+        return {"bits": _HALF_BITS}
+
     def weaker(self) -> Self | None:
         """Returns the pass with one bit more."""
-        return replace(self, bits=self.bits + 1) if self.bits < 8 else None
+        return replace(self, bits=self.bits + 1) if self.bits < _MOST_BITS else None
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
@@ -88,29 +109,44 @@ class ShareWeights(Pass):
         )
 
 
-def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | Skip:
+def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip:
     """Returns how a weight is coded, or why it stays dense."""
     constant = weight.constant
     if chosen is None:
         return Skip(weight.site, "left alone by a rule")
     if not is_float(constant.dtype):
         return Skip(weight.site, f"holds {constant.dtype} values, not floating point")
-    if weight.scope.graph.opset < FIRST_OPSET:
-        return Skip(weight.site, f"opset {weight.scope.graph.opset} is below {FIRST_OPSET}, the first that can decode")
+    opset, first = weight.scope.graph.opset, first_opset(weight.scope.graph)
+    if opset < first:
+        return Skip(weight.site, f"opset {opset} is below {first}, the first that can decode it")
     if constant.size > MAX_FOLDED_ELEMENTS:
         return Skip(weight.site, f"{constant.size} elements: ONNX Runtime folds at most {MAX_FOLDED_ELEMENTS} at session start")
     values = constant.values
-    distinct = distinct_values(values, 2**chosen.bits)
+    most = 2 ** min(chosen.bits, _MOST_BITS)
+    distinct = distinct_values(values, most)
     if distinct is not None:
         bits = max(1, int(np.ceil(np.log2(len(distinct)))))
         return _Coding(codes_of(values, distinct), bits, Codebook(distinct), f"exact: {len(distinct)} distinct values")
     if chosen.method == "exact":
-        return Skip(weight.site, f"more than {2**chosen.bits} distinct values")
+        return Skip(weight.site, f"more than {most} distinct values")
     if weight.obstacle is not None:
-        return Skip(weight.site, f"more than {2**chosen.bits} distinct values, and it {weight.obstacle}")
+        return Skip(weight.site, f"more than {most} distinct values, and it {weight.obstacle}")
     if not np.isfinite(values).all():
         return Skip(weight.site, "holds NaN or infinity")
+    if values.dtype == np.float64 and np.abs(values).max() > np.finfo(np.float32).max:
+        return Skip(weight.site, "holds values beyond the range of float32")
+    if chosen.bits == _HALF_BITS:
+        return _halve(weight, values)
     return _approximate(values, weight.view.channel_axis if weight.view is not None else None, chosen)
+
+
+def _halve(weight: Weight, values: Array) -> _Half | Skip:
+    """Returns the float16 form of a weight of 4 or 8 bytes an element that fits its range."""
+    if values.dtype.itemsize <= 2:
+        return Skip(weight.site, f"is {values.dtype} already")
+    if max(-values.min(), values.max()) > np.finfo(np.float16).max:
+        return Skip(weight.site, "has values beyond the range of float16")
+    return _Half()
 
 
 def _approximate(values: Array, channel_axis: int | None, chosen: ShareWeights) -> _Coding:
@@ -153,17 +189,22 @@ def _channel_scales(rows: Array) -> Array:
     """Returns √(max |w| · rms(w)) of each row, float32; 1 for rows of zeros."""
     wide = rows.astype(np.float32, copy=False)
     largest = np.maximum(wide.max(axis=1), -wide.min(axis=1))
-    rms = np.sqrt(np.einsum("ij,ij->i", wide, wide) / np.float32(rows.shape[1]))
-    scale = np.sqrt(largest) * np.sqrt(rms)  # the roots first: the product may overflow
-    return np.where(scale > 0, scale, np.float32(1))
+    largest = np.where(largest > 0, largest, np.float32(1))
+    relative = wide / largest[:, None]  # squares of the weights themselves may leave the range of float32
+    mean_square = np.einsum("ij,ij->i", relative, relative) / np.float32(rows.shape[1])
+    return np.where(mean_square > 0, largest * np.sqrt(np.sqrt(mean_square)), np.float32(1))
 
 
-def _store(weight: Weight, coding: _Coding, names: NameSource) -> Change | Skip:
+def _store(weight: Weight, coding: _Coding | _Half, names: NameSource) -> Change | Skip:
     """Replaces a weight by its coded form if that takes fewer bytes."""
     constant, scope = weight.constant, weight.scope.graph
     before = constant_bytes(constant, scope)
     listed = constant in scope.inputs
-    fragment: Fragment = coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
+    fragment: Fragment = (
+        half_weight(constant, scope, names)
+        if isinstance(coding, _Half)
+        else coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
+    )
     after = fragment.nbytes(scope)
     if after >= before:
         return Skip(weight.site, f"too small to gain: {after} bytes as codes ({coding.detail}), {before} bytes as it is")

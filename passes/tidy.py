@@ -82,7 +82,7 @@ def _remove_unused(graph: Graph) -> Iterator[Change]:
 def _remove_identities(scope: Scope, graph: Graph) -> Iterator[Change]:
     outputs = output_ids(graph)
     for node in [node for node in scope.graph.nodes if _is_identity(node)]:
-        if id(node.outputs[0]) not in outputs:
+        if not any(id(tensor) in outputs for tensor in node.outputs):
             readers = list(node.outputs[0].outputs)  # their bytes change with the name of what they read
             before = nodes_bytes([node, *readers])
             replace_everywhere(scope.graph, node.outputs[0], node.inputs[0])
@@ -96,6 +96,9 @@ def _fold_constants(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
         if not is_computable(node):  # asked one by one: an earlier fold may have made the inputs constant
             continue
         site, before = scope.address(node.site), footprint([node], scope.graph, outputs)
+        if any(tensor is output for tensor in node.outputs for output in graph.outputs):
+            yield Skip(site, f"this {node.op} computes a graph output")
+            continue
         if result_elements(node) > before:  # even at one byte an element; and a huge result is never computed
             yield Skip(site, f"folding this {node.op} would grow the file")
             continue

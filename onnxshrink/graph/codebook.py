@@ -4,6 +4,7 @@
     codes ── Cast ── Add(offsets) ── Gather(codebooks) ── W           one codebook per output channel
     codes ── Cast ── Gather(codebook) ── Mul(scale) ── W              one codebook, scaled per output channel
     codes ── Cast ── Sub(zero point) ── Mul(scale) ── W               a uniform grid per output channel
+    float16 ── Cast ── W                                              no codes, half the bytes
 
 Codes of 1, 2 or 4 bits are packed 8, 4 or 2 to a byte and unpacked with integer Div and Mod; 3, 5, 6 and 7 bits are the sum of
 such planes, so b bits cost b bits at every opset from 7 on. ONNX Runtime folds a node only when its output shape is static and its
@@ -15,23 +16,23 @@ Ops used and their first opsets (onnx/docs/Changelog.md): Cast 6, Gather 1, Add,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import helper
 
 from onnxshrink.graph.edit import Fragment, NameSource
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 
-__all__ = ["FIRST_OPSET", "MAX_FOLDED_ELEMENTS", "Codebook", "UniformGrid", "coded_weight"]
+__all__ = ["FIRST_OPSET", "MAX_FOLDED_ELEMENTS", "Codebook", "UniformGrid", "coded_weight", "first_opset", "half_weight"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
 
 FIRST_OPSET = 7
-_NAMED_AFTER_WEIGHT = ("codebook", "codes", "scale", "zero_point")  # the rest get short names: names are bytes too
+_FIRST_OPSET_IN_FUNCTIONS = 9  # where constants are Constant nodes, which held floats only before (Changelog.md, Constant-9)
+_NAMED_AFTER_WEIGHT = ("codebook", "codes", "half", "scale", "zero_point")  # the rest get short names: names are bytes too
 MAX_FOLDED_ELEMENTS = 2**30 // 4  # constant_folding.cc: outputs over 1 GiB are not folded; indices are int32
 
 
@@ -64,6 +65,11 @@ class UniformGrid:
     scale: Array
     zero_point: Array
     axis: int | None
+
+
+def first_opset(scope: Graph) -> int:
+    """Returns the first opset at which a graph can hold and decode codes."""
+    return _FIRST_OPSET_IN_FUNCTIONS if scope.is_function else FIRST_OPSET
 
 
 def coded_weight(
@@ -99,6 +105,15 @@ def coded_weight(
             halves = builder.constant("codebook", values.values.astype(np.float16))
             result = builder.node("Gather", [builder.cast(halves, np.float32), indices])
             result = builder.scaled(result, values.scale.reshape(shape), constant.dtype)
+    builder.fragment.output = result
+    return builder.fragment
+
+
+def half_weight(constant: Constant, scope: Graph, names: NameSource) -> Fragment:
+    """Returns nodes and constants that compute a constant of float32 or float64 from its float16 rounding."""
+    builder = _Builder(constant.name, scope, names)
+    result = builder.cast(builder.constant("half", constant.values.astype(np.float16)), constant.dtype)
+    assert isinstance(result, Variable)
     builder.fragment.output = result
     return builder.fragment
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxshrink.graph.convert import inline_tensor, node_message
@@ -78,11 +78,26 @@ def coded_weights(graph: Graph) -> list[Coded]:
 
 
 def expand_coded(graph: Graph) -> list[Coded]:
-    """Replaces every coded weight by its dense tensor, of the same name; returns what was replaced."""
-    found = coded_weights(graph)
-    for coded in found:
-        dense = Constant(coded.output.name, coded.values())
-        replace_node(coded.scope.graph, graph, coded.nodes[-1], [dense])
+    """Replaces every coded weight, and every one kept in float16, by its dense tensor; returns what was replaced."""
+    coded = coded_weights(graph)
+    parts = {id(node) for item in coded for node in item.nodes}  # a codebook may itself be kept in float16
+    found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts)]
+    for item in found:
+        replace_node(item.scope.graph, graph, item.nodes[-1], [Constant(item.output.name, item.values())])
+    return found
+
+
+def _half_weights(graph: Graph) -> list[Coded]:
+    """Returns the tensors that are nothing but the Cast of a stored float16 one to a wider type."""
+    found = []
+    for scope in graph.scopes():
+        halves = {id(constant) for constant in scope.graph.constants if constant.dtype == np.float16}
+        for node in scope.graph.nodes:
+            if node.op != "Cast" or not node.is_standard or node.attrs.get("to") not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+                continue
+            source, output = node.inputs[0], node.outputs[0]
+            if isinstance(source, Constant) and id(source) in halves and isinstance(output, Variable):
+                found.append(Coded(scope.address(output.name), scope, output, (node,), (source,)))
     return found
 
 

@@ -23,7 +23,7 @@ from onnxshrink.errors import ModelReadError, UnsupportedModelError, must
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 from onnxshrink.graph.storage import Stored, element_type, locate
 
-__all__ = ["from_model", "framed_bytes", "inline_tensor", "is_tensor_holder", "node_message", "shell_tensor", "tensor_bytes", "to_model"]
+__all__ = ["framed_bytes", "from_model", "inline_tensor", "is_tensor_holder", "node_message", "shell_tensor", "tensor_bytes", "to_model"]
 
 _MODELLED = {
     onnx.ModelProto: {"ir_version", "graph", "functions"},

@@ -32,8 +32,8 @@ __all__ = [
     "replace_constant",
     "replace_everywhere",
     "replace_node",
-    "site_of",
     "set_values",
+    "site_of",
     "sort_nodes",
 ]
 

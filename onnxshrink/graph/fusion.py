@@ -14,8 +14,8 @@ import onnx
 
 from onnxshrink.graph.edit import NameSource, remove_dead, set_values
 from onnxshrink.graph.ir import Constant, Graph, Node
-from onnxshrink.graph.views import View, operand_view
 from onnxshrink.graph.storage import is_float
+from onnxshrink.graph.views import View, operand_view
 
 __all__ = ["fold_batch_norm", "obstacle_to_folding"]
 

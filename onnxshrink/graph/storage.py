@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxshrink.errors import ModelReadError, UnsupportedModelError, must
 

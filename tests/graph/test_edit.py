@@ -392,6 +392,10 @@ class TestBytes:
         assert sites(remove_dead(graph, [graph.nodes[0]])) == ["h", "own"]
         assert before - model_size(graph) == pytest.approx(counted, abs=_LENGTH_BYTES)
 
+    def test_a_constant_that_is_an_output_is_not_for_its_reader_alone(self) -> None:
+        graph = graph_of("g (float[3] x) => (float[3] y, float[3] w) <float[3] w = {1, 2, 3}> { y = Add(x, w) }")
+        assert footprint(graph.nodes, graph, output_ids(graph)) == node_bytes(graph.nodes[0])
+
     def test_of_a_fragment(self) -> None:
         graph = load(parser.parse_model(MODEL))
         fragment = TestReplace().fragment(graph)

@@ -54,6 +54,7 @@ def test_a_real_model_survives(corpus_name: str, corpus_model: Path, tmp_path: P
     assert same_bits(run(before, feeds), run(session(tmp_path / "saved.onnx"), feeds))
 
 
+@pytest.mark.slow
 def test_every_model_of_the_standard_survives(tell: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", "0")  # ONNX Runtime: try opsets newer than it knows
     total, same, not_runnable, refused, different = 0, 0, 0, {}, {}

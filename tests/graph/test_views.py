@@ -295,6 +295,51 @@ def test_the_channel_axis_survives_reshapes_that_leave_it_whole(
         assert zero_channels(product, session(model, optimise=False), feeds, cut) == {0}
 
 
+@settings(max_examples=40, deadline=None)
+@given(groups=few, inputs=few, outputs=few, kernel=st.lists(few, min_size=1, max_size=2), transposed=st.booleans())
+def test_columns_of_a_convolution_are_inputs_by_kernel_places(
+    groups: int, inputs: int, outputs: int, kernel: list[int], transposed: bool
+) -> None:
+    """On a picture as large as the kernel, or of one pixel that the kernel spreads, a channel is a sum over columns."""
+    rng = np.random.default_rng(0)
+    op, places = ("ConvTranspose", [1] * len(kernel)) if transposed else ("Conv", kernel)
+    shape = (groups * inputs, outputs, *kernel) if transposed else (groups * outputs, inputs, *kernel)
+    w = rng.standard_normal(shape).astype(np.float32)
+    x = rng.standard_normal((1, groups * inputs, *places)).astype(np.float32)
+    node = helper.make_node(op, ["x", "w"], ["y"], group=groups)
+    model = make_model([node], [tensor("x", x.shape)], [tensor("y", None)], [value("w", w)])
+    view = operand_view(View((shape,)), load(model).nodes[0], 1)
+    assert view is not None
+    matrix = view.forward(w).reshape(groups, outputs, inputs, -1)
+    expected = matrix * x.reshape(groups, 1, inputs, -1)
+    expected = expected.sum(axis=2) if transposed else expected.sum(axis=(2, 3))
+    np.testing.assert_allclose(run(session(model), {"x": x})[0].ravel(), expected.ravel(), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.one_of(gemms(), matmuls(), lookups()))
+def test_columns_of_a_product_are_what_is_summed_over(product: Product) -> None:
+    model, feeds = build(product, product.shape, [])
+    weight = weight_of(model, feeds["stored"])
+    if weight is None or weight.view is None:
+        assert math.prod(product.shape) == 1
+        return
+    matrix = weight.view.forward(feeds["stored"])
+    channels = product.channels(run(session(model), feeds)[0])
+    if product.op == "Gather":
+        np.testing.assert_array_equal(channels, matrix)
+        return
+    other = feeds["x"]
+    side = 0 if product.inputs[0] == "x" else 1
+    if product.attributes.get(("transA", "transB")[side]):
+        other = other.T
+    vectors = other if side == 0 else np.swapaxes(other, -1, -2)  # [*batch, vector, summed over]
+    vectors = np.broadcast_to(vectors, (*product.shape[:-2], *vectors.shape[-2:]))
+    rows = matrix.reshape(*product.shape[:-2], -1, matrix.shape[1])
+    expected = np.einsum("...rk,...vk->...rv", rows, vectors)
+    np.testing.assert_allclose(channels, expected.reshape(channels.shape), rtol=1e-5)
+
+
 class TestRecurrent:
     """Gates lie on the rows; checked by computing one step of the cell from the matrices."""
 
