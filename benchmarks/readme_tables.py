@@ -35,8 +35,10 @@ def share_8bit(figures: dict[str, Any]) -> list[str]:
 
 def large_model(figures: dict[str, Any]) -> list[str]:
     """Returns the table of `large_model.py`."""
-    lines = ["| figure | value |", "|---|--:|"]
-    return lines + [f"| {name.replace('_', ' ')} | {value:,.1f} |" for name, value in figures.items() if isinstance(value, int | float)]
+    size = f"{figures['model_bytes'] / 1e9:.2f} GB"
+    seconds = [f"{figures[f'{step}_seconds']:.1f}" for step in ("load", "edit", "save")]
+    lines = ["| model | load s | edit s | save s | peak MB beyond the imports |", "|--:|--:|--:|--:|--:|"]
+    return [*lines, f"| {size} | {' | '.join(seconds)} | {figures['peak_mb']:.0f} |"]
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"share_8bit": share_8bit, "large_model": large_model}

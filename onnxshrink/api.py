@@ -25,8 +25,8 @@ from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Pass, Step
 from onnxshrink.graph.check import strictest_level
 from onnxshrink.graph.coded import expand_coded
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import ModelSource, load, materialised, save
 from onnxshrink.graph.ir import Graph
 from onnxshrink.inputs import InputSource, Samples, read_inputs

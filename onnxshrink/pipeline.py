@@ -182,8 +182,11 @@ def _reason(error: SiteError) -> str:
 
 
 def _attempt(good: Candidate, step: Step, settings: Settings, prefix: str) -> _Attempt:
-    settings.progress(f"{prefix}: rewriting", 0, 0)
-    graph, report, failure = _rewrite(good, step, settings)
+    def progress(done: int, total: int) -> None:
+        settings.progress(f"{prefix}: rewriting", done, total)
+
+    progress(0, 0)
+    graph, report, failure = _rewrite(good, step, settings, progress)
     if graph is None:
         return _Attempt(report, None, failure)
     if not report.changes:
@@ -192,10 +195,12 @@ def _attempt(good: Candidate, step: Step, settings: Settings, prefix: str) -> _A
     return _validate(graph, report, settings)
 
 
-def _rewrite(good: Candidate, step: Step, settings: Settings) -> tuple[Graph | None, Report, str]:
+def _rewrite(
+    good: Candidate, step: Step, settings: Settings, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Graph | None, Report, str]:
     """Applies a pass to a copy; returns the sorted graph, or None and what is wrong."""
     graph = good.graph.copy()
-    context = Context(settings.seed, step.rules, settings.activations, settings.executor)
+    context = Context(settings.seed, step.rules, settings.activations, settings.executor, progress)
     try:
         report = step.run.apply(graph, context)
         unmet = [f"rule '{match}' matched no site" for match in context.unmet_rules]

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from onnxshrink.contract import Change, Skip
-from onnxshrink.validate import Accuracy, OutputMetrics, Tolerance
+from onnxshrink.metrics import OutputMetrics
+from onnxshrink.validate import Accuracy, Tolerance
 
 __all__ = ["CompressionReport", "Outcome", "PassReport", "format_bytes", "skip_counts", "without_numbers"]
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from onnxshrink.demo import DemoResult
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
+    from onnxshrink.metrics import OutputMetrics
     from onnxshrink.registry import PassInfo
-    from onnxshrink.validate import Accuracy, OutputMetrics
+    from onnxshrink.validate import Accuracy
 
 __all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latency", "outputs", "passes", "verification"]
 
@@ -72,7 +73,8 @@ def inspection(found: Inspection) -> RenderableType:
     for info in found.weights[:_MOST_WEIGHTS]:
         table.add_row(*_weight_row(info))
     rest = found.weights[_MOST_WEIGHTS:]
-    lines: list[RenderableType] = [head, f"inputs:  {escape(', '.join(found.inputs))}", f"outputs: {escape(', '.join(found.outputs))}", f"nodes:   {ops}", table]
+    signature = f"inputs:  {escape(', '.join(found.inputs))}\noutputs: {escape(', '.join(found.outputs))}\nnodes:   {ops}\n"
+    lines: list[RenderableType] = [head, signature, table]
     if rest:
         lines.append(f"[dim]and {len(rest)} smaller ones, {format_bytes(sum(info.nbytes for info in rest))}; --json lists them all[/]")
     obstacles = _table("why a pass leaves weights alone", ">weights", ">bytes")
@@ -86,7 +88,9 @@ def inspection(found: Inspection) -> RenderableType:
 def verification(found: Verification, limits: Tolerance) -> RenderableType:
     """Returns how a candidate compares with its original."""
     sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
-    lines: list[RenderableType] = [outputs(found.comparison.outputs, found.comparison.samples, found.inputs, limits), *accuracy(found.comparison.accuracy)]
+    compared = found.comparison
+    table = outputs(compared.outputs, compared.samples, found.inputs, limits)
+    lines: list[RenderableType] = [table, *accuracy(compared.accuracy)]
     if found.synthetic:
         lines.append("[yellow]note:[/] inputs are synthetic, which proves less; give real ones with --inputs")
     if found.violation is None:

@@ -27,8 +27,8 @@ import onnx
 from onnxshrink.contract import Context, Pass, Report
 from onnxshrink.errors import PassError
 from onnxshrink.graph.check import Level, check
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph
 from onnxshrink.pipeline import interface

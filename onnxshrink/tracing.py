@@ -34,7 +34,7 @@ _ERRORS_ONLY = 4
 
 @dataclass(frozen=True)
 class NodeTrace:
-    """What one node did: the shapes of its inputs and outputs in its last run, and how often it ran."""
+    """What one node did: the shapes of its inputs, but for packed weights, and outputs in its last run, and how often it ran."""
 
     input_shapes: tuple[Shape, ...]
     output_shapes: tuple[Shape, ...]

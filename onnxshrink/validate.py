@@ -23,56 +23,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 
-from onnxshrink.errors import InputsError, OptionError, OutputError, UnsupportedModelError, ValidationError, must
+from onnxshrink.errors import InputsError, OptionError, UnsupportedModelError, ValidationError, must
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph, Node, Tensor
 from onnxshrink.inputs import Samples
+from onnxshrink.metrics import DRIFT_LIMIT, SQNR_LIMIT_DB, OutputMetrics, Tally, complaint, hits
 from onnxshrink.options import check_options, option
+from onnxshrink.outputs import Outputs, OutputStore
 from onnxshrink.runtime import AnyModel, Session, is_floating, is_integer, session
 
 __all__ = ["Accuracy", "Comparison", "Metric", "OutputMetrics", "Reference", "Tolerance", "compare", "verify_models"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Outputs = Mapping[str, Array]
 Metric = Callable[[Sequence[Outputs], Sequence[Outputs]], float]
 
-SQNR_LIMIT_DB = 300.0
-DRIFT_LIMIT = 1e15
 _MEMORY_BYTES = 512 << 20
-_CHUNK = 1 << 20  # elements that are compared at a time: bounds the float64 copies
-
-
-@dataclass(frozen=True)
-class OutputMetrics:
-    """How far one output is from the original's, over all samples.
-
-    Attributes:
-        name: of the output.
-        drift: relative L2 error, 0 to 1e15.
-        sqnr_db: -20 log10(drift), within ±300 dB.
-        cosine: of the angle between the two, -1 to 1.
-        max_abs: largest absolute difference.
-        agreement: share of equal decisions, 0 to 1, or None where the output decides nothing.
-        exact: whether values are ids, flags or text, which are right or wrong and never near. Flags and text count as 1
-            where they are equal and 0 where not, against 1.
-    """
-
-    name: str
-    drift: float
-    sqnr_db: float
-    cosine: float
-    max_abs: float
-    agreement: float | None
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,7 +183,7 @@ class Reference:
             tensor.name for tensor in graph.outputs if _is_probability(_producer(tensor), graph.opset)
         }
         self.quantized = {t.name for t in graph.outputs if (node := _producer(t)) and node.op == "QuantizeLinear"}
-        self.outputs = _OutputStore(memory_bytes)
+        self.outputs = OutputStore(memory_bytes)
         with contextlib.ExitStack() as stack:
             running = running or stack.enter_context(session(original, threads, "original"))
             for index, feeds in enumerate(samples):
@@ -245,7 +216,7 @@ def compare(
         ValidationError: a user's metric fails.
     """
     judge = _Judge(reference)
-    kept = _OutputStore(_MEMORY_BYTES)
+    kept = OutputStore(_MEMORY_BYTES)
     try:
         with session(candidate, threads) as running:
             for index, (feeds, expected) in enumerate(zip(reference.samples, reference.outputs, strict=True)):
@@ -279,7 +250,7 @@ class _Judge:
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
-        self.tallies: dict[str, _Tally] = {}
+        self.tallies: dict[str, Tally] = {}
         self.failure: str | None = None
         self.scored: str | None = None
         self.labels = 0
@@ -288,8 +259,8 @@ class _Judge:
     def add(self, expected: Outputs, outputs: Outputs, where: str) -> None:
         """Takes the two models' outputs for one sample."""
         for name, original in expected.items():
-            tally = self.tallies.setdefault(name, _Tally())
-            tally.broken = tally.broken or _complaint(original, outputs.get(name))
+            tally = self.tallies.setdefault(name, Tally())
+            tally.broken = tally.broken or complaint(original, outputs.get(name))
             if tally.broken is None:
                 tally.add(original, outputs[name], self._is_exact(name, original), self._scores(name, original))
             else:
@@ -313,7 +284,7 @@ class _Judge:
             raise InputsError(must(owner, "labels", f"integers from 0 to {classes - 1}", got))
         self.labels += len(labels)
         if outputs[names[0]].shape == expected[names[0]].shape:
-            self.hits += [_hits(side[names[0]].reshape(-1, classes), labels) for side in (expected, outputs)]
+            self.hits += [hits(side[names[0]].reshape(-1, classes), labels) for side in (expected, outputs)]
 
     def outputs(self) -> tuple[OutputMetrics, ...]:
         """Returns the metrics of the outputs that can be compared."""
@@ -336,142 +307,6 @@ class _Judge:
         if array.ndim == 3 and name in self.reference.probabilities and array.shape[2] > 1:
             return int(array.shape[2])
         return int(array.shape[1]) if array.shape[1] > 1 and array.size == array.shape[0] * array.shape[1] else 0
-
-
-class _Tally:
-    """The sums for one output: squares, products and the largest difference in float64, and equal decisions."""
-
-    def __init__(self) -> None:
-        self.broken: str | None = None
-        self.exact = False
-        self.error = self.original = self.candidate = self.product = self.largest = 0.0
-        self.equal = self.decisions = 0
-
-    def add(self, original: Array, candidate: Array, exact: bool, classes: int) -> None:
-        """Takes one sample's arrays, of the same dtype and shape."""
-        self.exact = exact
-        one, two = (
-            array.astype(np.float32) if array.dtype.isbuiltin == 2 else array for array in (original, candidate)
-        )
-        if classes:
-            self._decide(one.reshape(-1, classes).argmax(1) == two.reshape(-1, classes).argmax(1))
-        elif exact:
-            same = np.asarray(one == two)
-            self._decide(same)
-            if original.dtype.kind in "bOUS":
-                one, two = np.ones(same.shape), same
-        one, two = one.reshape(-1), two.reshape(-1)
-        for start in range(0, one.size, _CHUNK):
-            self._measure(*(array[start : start + _CHUNK].astype(np.float64) for array in (one, two)))
-
-    def metrics(self, name: str) -> OutputMetrics:
-        """Returns the sums as metrics."""
-        drift = math.sqrt(self.error / self.original) if self.original else DRIFT_LIMIT * (self.error > 0)
-        drift = min(drift, DRIFT_LIMIT) if math.isfinite(drift) else DRIFT_LIMIT  # squares of float64 may overflow
-        norms = math.sqrt(self.original) * math.sqrt(self.candidate)
-        cosine = self.product / norms if norms else float(self.original == self.candidate)
-        return OutputMetrics(
-            name=name,
-            drift=drift,
-            sqnr_db=-20 * math.log10(max(drift, 1 / DRIFT_LIMIT)),
-            cosine=min(max(cosine, -1.0), 1.0) if math.isfinite(cosine) else float(self.error == 0),
-            max_abs=min(self.largest, sys.float_info.max),
-            agreement=self.equal / self.decisions if self.decisions else None,
-            exact=self.exact,
-        )
-
-    def _decide(self, same: Array) -> None:
-        self.equal += int(np.count_nonzero(same))
-        self.decisions += same.size
-
-    def _measure(self, one: Array, two: Array) -> None:
-        finite = np.isfinite(one)
-        if not finite.all():
-            one, two = one[finite], two[finite]
-        with np.errstate(over="ignore", invalid="ignore"):
-            difference = two - one
-            self.error += float(difference @ difference)
-            self.original += float(one @ one)
-            self.candidate += float(two @ two)
-            self.product += float(one @ two)
-        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
-
-
-class _OutputStore(Sequence[Outputs]):
-    """Outputs of many samples; those past the budget lie in a temporary file that vanishes with this object."""
-
-    def __init__(self, memory_bytes: int) -> None:
-        self._left = memory_bytes
-        self._items: list[dict[str, Array | tuple[int, tuple[int, ...], np.dtype[Any]]]] = []
-        self._file: IO[bytes] | None = None
-
-    def append(self, outputs: Outputs) -> None:
-        """Takes the outputs of the next sample."""
-        self._items.append({name: self._keep(array) for name, array in outputs.items()})
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Outputs: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Outputs]: ...
-    def __getitem__(self, index: int | slice) -> Outputs | Sequence[Outputs]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        return {
-            name: self._read(*item) if isinstance(item, tuple) else item for name, item in self._items[index].items()
-        }
-
-    def _keep(self, array: Array) -> Array | tuple[int, tuple[int, ...], np.dtype[Any]]:
-        if array.nbytes <= self._left or not array.nbytes or array.dtype == object:  # text cannot go to a plain file
-            self._left -= array.nbytes
-            return array
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="onnxshrink-")  # noqa: SIM115  # lives as long as this object
-                weakref.finalize(self, self._file.close)
-            offset = self._file.seek(0, 2)
-            self._file.write(array.tobytes())
-        except OSError as error:
-            raise OutputError(
-                f"temporary file: outputs cannot be written: {error.strerror}; TMPDIR moves it"
-            ) from error
-        return offset, array.shape, array.dtype
-
-    def _read(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        assert self._file is not None  # made by the `_keep` that gave this offset
-        self._file.seek(offset)
-        return np.frombuffer(self._file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
-
-
-def _complaint(original: Array, candidate: Array | None) -> str | None:
-    """Returns what makes a candidate's output impossible to compare or worse than inexact, or None."""
-    if candidate is None:
-        return "it is missing"
-    if candidate.dtype != original.dtype:
-        return f"dtype must be {original.dtype}, got {candidate.dtype}"
-    if candidate.shape != original.shape:
-        return f"shape must be {list(original.shape)}, got {list(candidate.shape)}"
-    if not is_floating(original.dtype):
-        return None
-    one, two = (array.astype(np.float32) if array.dtype.isbuiltin == 2 else array for array in (original, candidate))
-    finite = np.isfinite(one)
-    if not np.isfinite(two[finite]).all():
-        return "NaN or infinity where the original has none"
-    if not np.array_equal(one[~finite], two[~finite], equal_nan=True):
-        return "NaN and infinity must be where the original has them"
-    return None
-
-
-def _hits(scores: Array, labels: Array) -> tuple[int, int]:
-    """Returns how many labels [rows] are first, and among the first five, of scores [rows, C]; lower ids win ties."""
-    scores = scores.astype(np.float64)
-    label = labels[:, None]
-    own = np.take_along_axis(scores, label, 1)
-    before = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < label))
-    rank = np.where(np.isnan(own[:, 0]), scores.shape[1], before.sum(1))
-    return int(np.count_nonzero(rank < 1)), int(np.count_nonzero(rank < 5))
 
 
 def _measure(name: str, metric: Metric, original: Sequence[Outputs], candidate: Sequence[Outputs]) -> float:

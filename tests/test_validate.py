@@ -20,8 +20,9 @@ from onnx import TensorProto, helper, parser
 from onnxshrink.errors import InputsError, ModelReadError, OptionError, UnsupportedModelError, ValidationError
 from onnxshrink.graph.files import load
 from onnxshrink.inputs import Samples, read_inputs
+from onnxshrink.metrics import OutputMetrics
 from onnxshrink.runtime import session
-from onnxshrink.validate import Accuracy, Comparison, OutputMetrics, Reference, Tolerance, compare, verify_models
+from onnxshrink.validate import Accuracy, Comparison, Reference, Tolerance, compare, verify_models
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxshrink.graph.convert import inline_tensor, node_message
 from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
+from onnxshrink.graph.exporter import inline_tensor, node_message
 from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Variable
 from onnxshrink.graph.storage import element_type, is_float
 

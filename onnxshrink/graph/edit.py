@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnxshrink.errors import PassError
-from onnxshrink.graph.convert import framed_bytes, node_message, tensor_bytes
+from onnxshrink.graph.exporter import framed_bytes, node_message, tensor_bytes
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 
 __all__ = [

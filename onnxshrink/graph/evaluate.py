@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxshrink.graph.convert import node_message
+from onnxshrink.graph.exporter import node_message
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable
 from onnxshrink.graph.storage import is_float
 

@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from onnxshrink.errors import ModelReadError, OutputError
-from onnxshrink.graph.convert import framed_bytes, from_model, inline_tensor, shell_tensor, tensor_bytes, to_model
+from onnxshrink.graph.exporter import framed_bytes, inline_tensor, shell_tensor, tensor_bytes, to_model
+from onnxshrink.graph.importer import from_model
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.storage import Stored
 

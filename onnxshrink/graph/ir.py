@@ -2,7 +2,7 @@
 
 GraphSurgeon's tensors and nodes compare by name, its importer skips attribute kinds it does not know and its copies share
 what they should not. The subclasses here compare by identity, so sibling branches may reuse names, and carry as
-``residue`` every protobuf field that GraphSurgeon has no room for; `onnxshrink.graph.convert` fills and empties it.
+``residue`` every protobuf field that GraphSurgeon has no room for; `onnxshrink.graph.importer` fills it, the exporter empties it.
 
 A constant is one kind of object wherever it hides: an initializer, an initializer listed as graph input, a sparse
 initializer or the tensor of a Constant node are all a `Constant` in the ``constants`` of the scope that owns it.
@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxshrink.graph.storage import Stored, raw_nbytes
+from onnxshrink.graph.storage import Stored, element_type, raw_nbytes
 
-__all__ = ["Constant", "Graph", "Node", "Scope", "Tensor", "Variable", "freeze"]
+__all__ = ["Constant", "Graph", "Node", "Scope", "Tensor", "Variable", "declared_type", "freeze"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Dims = tuple["int | str | None", ...]
@@ -290,6 +290,18 @@ class _Copier:
         if isinstance(value, Graph):
             return self.graph(value)
         return list(value) if isinstance(value, list) else value
+
+
+def declared_type(info: onnx.ValueInfoProto | None) -> tuple[np.dtype[Any] | None, tuple[int | str | None, ...] | None]:
+    """Returns (dtype, shape) of a dense tensor type, None for what is not said or not a dense tensor."""
+    if info is None or info.type.WhichOneof("value") != "tensor_type":
+        return None, None
+    tensor = info.type.tensor_type
+    dtype = element_type(tensor.elem_type) if tensor.elem_type else None
+    if not tensor.HasField("shape"):
+        return dtype, None
+    dims = tensor.shape.dim
+    return dtype, tuple(getattr(dim, kind) if (kind := dim.WhichOneof("value")) else None for dim in dims)
 
 
 def freeze(array: Array) -> Array:

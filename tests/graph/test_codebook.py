@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 
 from onnxshrink.graph.codebook import FIRST_OPSET, Codebook, UniformGrid, coded_weight, half_weight
 from onnxshrink.graph.coded import coded_weights, expand_coded
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import NameSource, replace_constant
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load, model_bytes, save
 from onnxshrink.graph.ir import Constant, Graph
 from tests.oracle import make_model, run, session, tensor, value

@@ -11,8 +11,8 @@ from onnx import parser
 
 from onnxshrink.graph.codebook import Codebook, coded_weight
 from onnxshrink.graph.coded import Coded, coded_weights, expand_coded
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import NameSource, replace_constant
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load, model_bytes, save
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import weights

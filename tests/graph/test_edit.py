@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from onnx import helper, parser
 
 from onnxshrink.errors import PassError
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import (
     Fragment,
     NameSource,
@@ -34,6 +33,7 @@ from onnxshrink.graph.edit import (
     site_of,
     sort_nodes,
 )
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable
 from tests.oracle import make_model, run, same_bits, session, tensor, value

@@ -19,8 +19,8 @@ from onnx import helper, parser
 from onnxshrink.errors import ModelError, ModelReadError, OutputError
 from onnxshrink.graph import files
 from onnxshrink.graph.coded import coded_weights
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import atomic_file, check_output, load, materialised, model_bytes, save, source_paths
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import weights

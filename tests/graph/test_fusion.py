@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import NameSource, output_ids
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.fusion import fold_batch_norm, obstacle_to_folding
 from onnxshrink.graph.ir import Graph, Node

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import parser
 
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import remove_dead, replace_everywhere, set_values
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable, freeze
 from tests.oracle import differences

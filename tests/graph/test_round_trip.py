@@ -19,7 +19,7 @@ from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.loader import load_model_tests
 
 from onnxshrink.errors import ModelReadError, UnsupportedModelError
-from onnxshrink.graph.convert import to_model
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load, save
 from tests import corpus
 from tests.oracle import differences, random_feeds, run, same_bits, session

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxshrink.errors import ModelReadError
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load, model_bytes, save
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.storage import Stored, is_float, raw_nbytes

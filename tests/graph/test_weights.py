@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, parser
 
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.weights import Weight, weights
 from tests import corpus

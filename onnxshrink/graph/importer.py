@@ -1,4 +1,4 @@
-"""ModelProto to `Graph` and back, with nothing lost.
+"""ModelProto to `Graph`, with nothing lost; `onnxshrink.graph.exporter` goes back.
 
 Every message is split in two: the fields that passes edit become objects, all others go to a ``residue`` message of the same
 type and are merged back on the way out. What is modelled is listed in one table, so a field added to ONNX tomorrow is carried
@@ -8,22 +8,21 @@ and not dropped. Fields that the installed onnx package cannot even name make th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from onnx import AttributeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, TensorProto, helper
 
 from onnxshrink.errors import ModelReadError, UnsupportedModelError, must
-from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
-from onnxshrink.graph.storage import Stored, element_type, locate
+from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable, declared_type
+from onnxshrink.graph.storage import Stored, locate
 
-__all__ = ["framed_bytes", "from_model", "inline_tensor", "is_tensor_holder", "node_message", "shell_tensor", "tensor_bytes", "to_model"]
+__all__ = ["from_model"]
 
 _MODELLED = {
     onnx.ModelProto: {"ir_version", "graph", "functions"},
@@ -32,9 +31,6 @@ _MODELLED = {
     onnx.NodeProto: {"name", "op_type", "domain", "input", "output", "attribute"},
     onnx.AttributeProto: {"name", "type", "g"},  # of a body; other attributes stay whole where they are no plain value
 }
-_FIRST_IR_WITH_PLAIN_INITIALIZERS = 4  # before it, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
-
-TensorWriter = Callable[[Constant], TensorProto]
 
 
 def from_model(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
@@ -57,70 +53,6 @@ def from_model(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
         opset = _opset(function.opset_import, graph.opset)
         graph.local_functions.append(_Reader(folder, opset, {}).function(function))
     return graph
-
-
-def to_model(graph: Graph, write_tensor: TensorWriter | None = None) -> onnx.ModelProto:
-    """Returns the model of a graph.
-
-    Args:
-        graph: the main graph; only read.
-        write_tensor: makes the TensorProto of a constant; the default puts all values into the message.
-    """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    write = write_tensor or inline_tensor
-    _write_graph(graph, model.graph, write)
-    listed = {tensor.name for tensor in graph.inputs}
-    plain = any(constant.holder is None and constant.name not in listed for constant in graph.constants)
-    model.ir_version = max(graph.ir_version, _FIRST_IR_WITH_PLAIN_INITIALIZERS if plain else 0)
-    for function in graph.local_functions:
-        _write_function(function, model.functions.add(), write)
-    return model
-
-
-def inline_tensor(constant: Constant) -> TensorProto:
-    """Returns the TensorProto of a dense constant with its values inside the message; untouched ones as they were read."""
-    stored = constant.stored
-    if stored is None or isinstance(stored.tensor, onnx.SparseTensorProto):
-        return numpy_helper.from_array(constant.values, constant.name)
-    if stored.external is None:
-        return stored.tensor
-    tensor = TensorProto()
-    tensor.CopyFrom(stored.tensor)
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
-    tensor.raw_data = stored.external.read()
-    return tensor
-
-
-def tensor_bytes(constant: Constant) -> int:
-    """Returns the bytes of the message that `inline_tensor` would make."""
-    stored = constant.stored
-    if stored is not None and stored.external is None:
-        return int(stored.tensor.ByteSize())
-    return int(shell_tensor(constant).ByteSize()) + framed_bytes(constant.nbytes)
-
-
-def framed_bytes(payload: int) -> int:
-    """Returns the bytes of a length-delimited protobuf field: a tag of one byte, the length as a varint, the payload."""
-    length, rest = 1, payload
-    while rest >= 128:
-        length, rest = length + 1, rest >> 7
-    return 1 + length + payload
-
-
-def shell_tensor(constant: Constant) -> TensorProto:
-    """Returns the TensorProto of a constant without its values."""
-    return TensorProto(
-        name=constant.name, dims=constant.shape, data_type=helper.np_dtype_to_tensor_dtype(constant.dtype)
-    )
-
-
-def node_message(node: Node, write_tensor: TensorWriter | None = None) -> onnx.NodeProto:
-    """Returns the NodeProto of a node, its bodies included."""
-    proto = onnx.NodeProto()
-    _write_node(node, proto, write_tensor or inline_tensor)
-    return proto
 
 
 class _Reader:
@@ -162,12 +94,12 @@ class _Reader:
     def fill(self, graph: Graph, nodes: Iterable[onnx.NodeProto], infos: dict[str, onnx.ValueInfoProto]) -> None:
         nodes = list(nodes)
         for node in nodes:  # outputs first: a node of an unsorted graph may read what a later one writes
-            if is_tensor_holder(node):
+            if _is_tensor_holder(node):
                 self.constant(node, infos)
                 continue
             for name in filter(None, node.output):
                 self.variable(name, infos)
-        graph.nodes = [self.node(node) for node in nodes if not is_tensor_holder(node)]
+        graph.nodes = [self.node(node) for node in nodes if not _is_tensor_holder(node)]
         graph.constants = self.constants
 
     def constant(
@@ -188,7 +120,7 @@ class _Reader:
 
     def variable(self, name: str, infos: dict[str, onnx.ValueInfoProto]) -> Variable:
         info = infos.get(name)
-        variable = Variable(name, *_type_of(info), info=info)
+        variable = Variable(name, *declared_type(info), info=info)
         self.declare(name, variable)
         return variable
 
@@ -242,99 +174,7 @@ def _opset(imports: Iterable[onnx.OperatorSetIdProto], default: int) -> int:
     return versions.get("", versions.get("ai.onnx", default))
 
 
-def _write_graph(graph: Graph, proto: onnx.GraphProto, write: TensorWriter) -> None:
-    assert isinstance(graph.residue, onnx.GraphProto)
-    proto.CopyFrom(graph.residue)
-    proto.name = graph.name
-    for constant in graph.constants:
-        if constant.holder is not None:
-            _write_holder(constant, proto.node.add(), write)
-        elif constant.stored is not None and isinstance(constant.stored.tensor, onnx.SparseTensorProto):
-            proto.sparse_initializer.append(constant.stored.tensor)
-        else:
-            proto.initializer.append(write(constant))
-            proto.initializer[-1].name = constant.name
-    for node in graph.nodes:
-        _write_node(node, proto.node.add(), write)
-    proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
-    proto.output.extend(graph.output_infos.get(tensor.name) or _value_info(tensor) for tensor in graph.outputs)
-    borders = {id(tensor) for tensor in [*graph.inputs, *graph.outputs]}
-    inner: list[Tensor] = [*graph.constants, *(tensor for node in graph.nodes for tensor in node.outputs)]
-    proto.value_info.extend(
-        _value_info(tensor)
-        for tensor in inner
-        if tensor.info is not None and tensor.name and id(tensor) not in borders
-    )
-
-
-def _write_function(graph: Graph, proto: onnx.FunctionProto, write: TensorWriter) -> None:
-    assert isinstance(graph.residue, onnx.FunctionProto)
-    proto.CopyFrom(graph.residue)
-    proto.name = graph.name
-    proto.input.extend(tensor.name for tensor in graph.inputs)
-    proto.output.extend(tensor.name for tensor in graph.outputs)
-    for constant in graph.constants:
-        _write_holder(constant, proto.node.add(), write)
-    for node in graph.nodes:
-        _write_node(node, proto.node.add(), write)
-
-
-def _write_holder(constant: Constant, proto: onnx.NodeProto, write: TensorWriter) -> None:
-    if constant.holder is not None:
-        proto.CopyFrom(constant.holder)
-    proto.op_type = "Constant"
-    proto.output.append(constant.name)
-    proto.attribute.add(name="value", type=AttributeProto.TENSOR).t.CopyFrom(write(constant))
-
-
-def _write_node(node: Node, proto: onnx.NodeProto, write: TensorWriter) -> None:
-    if node.residue is not None:
-        proto.CopyFrom(node.residue)
-    proto.op_type = node.op
-    if node.name:
-        proto.name = node.name
-    if node.domain is not None:
-        proto.domain = node.domain
-    proto.input.extend(tensor.name for tensor in node.inputs)
-    proto.output.extend(tensor.name for tensor in node.outputs)
-    for name, value in node.attrs.items():
-        if isinstance(value, AttributeProto):
-            proto.attribute.append(value)
-        elif isinstance(value, Graph):
-            _write_body(name, value, proto.attribute.add(), write)
-        else:
-            proto.attribute.append(helper.make_attribute(name, value))
-
-
-def _write_body(name: str, body: Graph, proto: AttributeProto, write: TensorWriter) -> None:
-    if body.holder is not None:
-        proto.CopyFrom(body.holder)
-    proto.name, proto.type = name, AttributeProto.GRAPH
-    _write_graph(body, proto.g, write)
-
-
-def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
-    """Returns the message it was read from while dtype and shape still agree with it, else a new one."""
-    if tensor.info is not None and (isinstance(tensor, Constant) or _type_of(tensor.info) == (tensor.dtype, tensor.shape)):
-        return tensor.info
-    if tensor.dtype is None:
-        return onnx.ValueInfoProto(name=tensor.name)
-    return helper.make_tensor_value_info(tensor.name, helper.np_dtype_to_tensor_dtype(tensor.dtype), tensor.shape)
-
-
-def _type_of(info: onnx.ValueInfoProto | None) -> tuple[np.dtype[Any] | None, tuple[int | str | None, ...] | None]:
-    """Returns (dtype, shape) of a dense tensor type, None for what is not said or not a dense tensor."""
-    if info is None or info.type.WhichOneof("value") != "tensor_type":
-        return None, None
-    tensor = info.type.tensor_type
-    dtype = element_type(tensor.elem_type) if tensor.elem_type else None
-    if not tensor.HasField("shape"):
-        return dtype, None
-    dims = tensor.shape.dim
-    return dtype, tuple(getattr(dim, kind) if (kind := dim.WhichOneof("value")) else None for dim in dims)
-
-
-def is_tensor_holder(node: onnx.NodeProto) -> bool:
+def _is_tensor_holder(node: onnx.NodeProto) -> bool:
     """Whether this is a Constant node that holds one dense tensor of its own, and nothing that `Constant` cannot carry."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.input or len(node.attribute) != 1:
         return False

@@ -13,8 +13,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from onnx import AttributeProto, TensorProto, helper, parser
 
 from onnxshrink.errors import ModelError, ModelReadError, UnsupportedModelError
-from onnxshrink.graph.convert import to_model
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Constant
 from tests.oracle import differences, make_model, run, same_bits, session, tensor, value
