@@ -41,7 +41,26 @@ def large_model(figures: dict[str, Any]) -> list[str]:
     return [*lines, f"| {size} | {' | '.join(seconds)} | {figures['peak_mb']:.0f} |"]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"share_8bit": share_8bit, "large_model": large_model}
+def session_start(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `session_start.py`."""
+    lines = ["| `share-weights` options | file MB | session start s | peak MB |", "|---|--:|--:|--:|"]
+    return lines + [
+        f"| {row['form']} | {row['file_mb']:.1f} | {row['seconds']:.1f} | {row['peak_mb']:.0f} |" for row in figures["forms"]
+    ]
+
+
+def numerics_speed(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `numerics_speed.py`."""
+    lines = ["| 100 million float32 weights | seconds | peak MiB beyond the input |", "|---|--:|--:|"]
+    return lines + [f"| {name} | {case['seconds']:.1f} | {case['peak_mib']:.0f} |" for name, case in figures["cases"].items()]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "share_8bit": share_8bit,
+    "session_start": session_start,
+    "large_model": large_model,
+    "numerics_speed": numerics_speed,
+}
 
 
 def updated(readme: str) -> str:

@@ -1,4 +1,4 @@
-"""The front door: compress, verify, expand, inspect, bench and load a demo, as library calls.
+"""The front door: compress, verify, expand, inspect and bench, as library calls.
 
     from onnxshrink import compress, Tolerance
     from onnxshrink.passes.share_weights import ShareWeights
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -27,7 +28,7 @@ from onnxshrink.graph.check import strictest_level
 from onnxshrink.graph.coded import expand_coded
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
-from onnxshrink.graph.files import ModelSource, load, materialised, save
+from onnxshrink.graph.files import ModelSource, load, materialised, save, source_paths
 from onnxshrink.graph.ir import Graph
 from onnxshrink.inputs import InputSource, Samples, read_inputs
 from onnxshrink.inspection import Inspection, inspect_graph
@@ -51,10 +52,11 @@ _PACKAGES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model and what was done to it."""
+    """A compressed model, what was done to it, and the files it was read from, which `save` does not replace."""
 
     graph: Graph
     report: CompressionReport
+    sources: frozenset[Path] = frozenset()
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Writes the model, atomically, and returns its bytes, external data included.
@@ -62,7 +64,7 @@ class Compressed:
         Raises:
             OutputError: the place cannot be written, or it is the input.
         """
-        return save(self.graph, path)
+        return save(self.graph, path, keep=self.sources)
 
     def to_model(self) -> onnx.ModelProto:
         """Returns the model as a message; only for models under 2 GiB."""
@@ -97,16 +99,21 @@ class Verification:
 
 @dataclass(frozen=True)
 class Expanded:
-    """A model with dense weights, and the sites that were stored as codes."""
+    """A model with dense weights, the sites that were stored as codes, and the files that `save` does not replace."""
 
     graph: Graph
     sites: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    sources: frozenset[Path] = frozenset()
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Writes the model, atomically, and returns its bytes."""
-        return save(self.graph, path)
+        """Writes the model, atomically, and returns its bytes.
+
+        Raises:
+            OutputError: the place cannot be written, or it is the input.
+        """
+        return save(self.graph, path, keep=self.sources)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures without the graph."""
@@ -138,12 +145,13 @@ def compress(
     Raises:
         ModelError: the model cannot be read, or ONNX Runtime cannot run it.
         InputsError: the calibration inputs do not fit the model.
-        OptionError: an option or a limit is out of range.
+        OptionError: an option or a limit is out of range, or a limit has no meaning for this model.
     """
     recipe = _as_recipe(passes)
     limits = tolerance if tolerance is not None else recipe.tolerance
     report_progress = progress or _silent
     graph = load(model)
+    sources = _sources(model, graph)
     report_progress("running the original", 0, 0)
     with session(graph, role="original") as running:
         samples, synthetic = _samples(graph, running, calibration, seed)
@@ -152,6 +160,7 @@ def compress(
     with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor:
         level, complaint = strictest_level(original)
         start = Candidate(graph, nbytes, compare(reference, original, metrics=metrics))
+        limits.violation(start.comparison)  # raises, before any long work, where a limit has no meaning for this model
         settings = Settings(
             reference=reference,
             probe=functools.cache(lambda: Reference(graph, (judged if given is None else given)[:_PROBING_SAMPLES])),
@@ -181,7 +190,7 @@ def compress(
         notes=_notes(synthetic, limits, complaint, start.comparison, given, judged),
         versions={"onnxshrink": __version__, **{package: version(package) for package in _PACKAGES}},
     )
-    return Compressed(result.graph, report)
+    return Compressed(result.graph, report, sources)
 
 
 def verify(
@@ -195,10 +204,13 @@ def verify(
 ) -> Verification:
     """Compares a candidate with its original, on given inputs or on synthetic ones; arguments as for `compress`.
 
+    A candidate that does not run, or has other outputs, is a violation and not an error.
+
     Raises:
-        ModelError: the original cannot be read or run.
-        ValidationError: the candidate cannot be run, or has other outputs.
+        ModelError: one of them cannot be read, or the original cannot be run.
+        ValidationError: one of your metrics fails.
         InputsError: the inputs do not fit the original.
+        OptionError: a limit has no meaning for this model.
     """
     limits = tolerance or Tolerance()
     first, second = load(original), load(candidate)
@@ -217,10 +229,10 @@ def expand(model: ModelSource) -> Expanded:
         ModelError: the model cannot be read.
     """
     graph = load(model)
-    before = _nbytes(graph)
+    sources, before = _sources(model, graph), _nbytes(graph)
     sites = tuple(coded.site for coded in expand_coded(graph))
     sort_nodes(graph)
-    return Expanded(graph, sites, before, _nbytes(graph))
+    return Expanded(graph, sites, before, _nbytes(graph), sources)
 
 
 def inspect(model: ModelSource, *, progress: Progress | None = None) -> Inspection:
@@ -285,6 +297,12 @@ def _notes(
     if any(output.max_abs > 0 for output in itself.outputs):
         notes.append("the original does not reproduce its own outputs on the same inputs; small differences mean nothing")
     return notes
+
+
+def _sources(model: ModelSource, graph: Graph) -> frozenset[Path]:
+    """Returns the files that a model was read from."""
+    own = [Path(model)] if isinstance(model, str | os.PathLike) else []
+    return frozenset({*own, *source_paths(graph)})
 
 
 def _name(model: ModelSource, graph: Graph) -> str:

@@ -44,10 +44,12 @@ app = typer.Typer(
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
 OutPath = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-MinSqnr = Annotated[float | None, typer.Option(metavar="DB", help="Least SQNR of any output, in dB.")]
-MaxDrift = Annotated[float | None, typer.Option(metavar="X", help="Greatest relative L2 error of any output.")]
-MinAgreement = Annotated[float | None, typer.Option(metavar="F", help="Least share of equal top-1 classes, 0 to 1.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of tables.")]
+MinSqnr = Annotated[float | None, typer.Option(metavar="DB", min=-300.0, max=300.0, help="Least SQNR of any output, in dB.")]
+MaxDrift = Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Greatest relative L2 error of any output.")]
+MinAgreement = Annotated[
+    float | None, typer.Option(metavar="F", min=0.0, max=1.0, help="Least share of equal top-1 classes, 0 to 1.")
+]
 InputsPath = Annotated[
     Path | None, typer.Option(metavar="PATH", help="Inputs: .npz, a folder of .npz, or ONNX test_data_set folders.")
 ]
@@ -56,7 +58,18 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of all randomn
 
 def main() -> None:
     """Runs the command line."""
+    _keep_stdout()
     app()
+
+
+def _keep_stdout() -> None:
+    """Keeps standard output for results: what native libraries print there (the ONNX checker does) goes to stderr."""
+    try:
+        own = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of the two is closed
+        return
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -109,9 +122,10 @@ def compress(
     from onnxshrink import api, tables
     from onnxshrink.graph.files import atomic_file, check_output
 
-    check_output(output, inputs=[model])
+    read = [path for path in (model, recipe, calib) if path is not None]
+    check_output(output, inputs=read)
     if report is not None:
-        _check_report_path(report)
+        _check_report_path(report, inputs=[*read, output])
     chosen, limits = _plan(recipe, passes or [], min_sqnr, max_drift, min_agreement)
     with _progress(as_json) as progress:
         result = api.compress(model, chosen, calibration=calib, tolerance=limits, seed=seed, progress=progress)
@@ -142,7 +156,9 @@ def verify(
     from onnxshrink.validate import Tolerance
 
     limits = Tolerance(min_sqnr, max_drift, min_agreement)
-    result = api.verify(original, candidate, inputs=inputs, tolerance=limits, seed=seed)
+    with _progress(as_json) as progress:
+        progress("comparing", 0, 0)
+        result = api.verify(original, candidate, inputs=inputs, tolerance=limits, seed=seed)
     _show(as_json, result.to_dict(), lambda: tables.verification(result, limits))
     if result.violation is not None:
         _fail(result.violation, _INVALID)
@@ -186,7 +202,9 @@ def bench(
     """Measure the latency of two models in interleaved runs."""
     from onnxshrink import api, tables
 
-    result = api.bench(a, b, inputs=inputs, threads=threads, seconds=seconds, seed=seed)
+    with _progress(as_json) as progress:
+        progress("measuring", 0, 0)
+        result = api.bench(a, b, inputs=inputs, threads=threads, seconds=seconds, seed=seed)
     _show(as_json, {"a": str(a), "b": str(b), **asdict(result)}, lambda: tables.latency(result, str(a), str(b)))
 
 
@@ -228,15 +246,17 @@ def _plan(
         base = Recipe(()) if extra else default_recipe()
     given = Tolerance(min_sqnr, max_drift, min_agreement)
     chosen = Recipe((*base.steps, *extra), base.tolerance)
+    if not chosen.steps:
+        raise OptionError(f"recipe {recipe_path}: has no pass, and none was given with --pass: there is nothing to do")
     return chosen, given if given.is_set else base.tolerance
 
 
-def _check_report_path(path: Path) -> None:
+def _check_report_path(path: Path, inputs: list[Path]) -> None:
     from onnxshrink.graph.files import check_output
 
     if path.suffix not in (".json", ".md"):
         raise OptionError(must("--report", "file name", "one that ends in .json or .md", path.name))
-    check_output(path)
+    check_output(path, inputs)
 
 
 @contextlib.contextmanager
@@ -254,9 +274,18 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _show(as_json: bool, plain: dict[str, Any], table: Callable[[], Any]) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     else:
-        Console().print(table())
+        with (console := Console()).capture() as capture:
+            console.print(table())
+        text = capture.get()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output: cannot be written: {error.strerror}") from error
 
 
 def _fail(message: str, code: int) -> None:

@@ -90,7 +90,12 @@ def run_steps(good: Candidate, steps: Sequence[Step], settings: Settings) -> tup
     reports = []
     for number, step in enumerate(steps, 1):
         prefix = f"{step.run.name} ({number} of {len(steps)})"
-        good, report = _run_step(good, step, settings, prefix)
+        start = time.perf_counter()
+        try:
+            good, report = _run_step(good, step, settings, prefix)
+        except Exception as error:  # of a third party's weaker() or spared(): what is good by now stands, and the run goes on
+            reason = f"it raised {type(error).__name__}: {error}"
+            report = _report(step.run, step.run, "dropped", [reason], good, _Attempt(Report(), None), start)
         reports.append(report)
     return good, reports
 

@@ -158,7 +158,9 @@ def _table_rows(node: Node, position: int) -> int | None:
     """Returns how many rows the table has that this input indexes, or None."""
     if position == 1 and node.op in ("Gather", "GatherElements"):
         shape, axis = node.inputs[0].shape, node.attrs.get("axis", 0)
-        rows = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+        if shape is None or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):  # set by a caller, or wrong
+            return None
+        rows = shape[axis]
         return rows if isinstance(rows, int) else None
     if position == 0 and node.op == "OneHot":
         depth = _constant_behind(node.inputs[1])

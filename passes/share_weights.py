@@ -5,7 +5,7 @@ A weight with at most 2^bits distinct values is stored exactly. Otherwise its va
     kmeans     k = 2^bits values of least squared error Σ (w - codebook[code])² (Lloyd 1982): for the tensor, per output channel,
                or for the tensor after each channel c was divided by a scale s_c = √(max |w_c| · rms(w_c))
     uniform    an affine grid (code - zero point) · scale; |w - w'| ≤ scale / 2 within the range of the grid
-    16 bits    no sharing: w rounded to float16, |w - w'| ≤ 2^-11 |w|, for weights that cannot bear less
+    16 bits    no sharing: w rounded to float16, |w - w'| ≤ max(2^-11 |w|, 2^-25), for weights that cannot bear less
     auto       kmeans with scales, and uniform per channel where the codebook would weigh over an eighth of the codes
 
 The scale lies between the two usual ones: dividing by max |w_c| spends codes on a few large weights, dividing by the rms leaves

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.graph.edit import (
@@ -49,6 +49,10 @@ class Tidy(Pass):
     fold_batch_norm: bool = option(True, "fold BatchNormalization into the convolution before it", per_site=False)
     strip_notes: bool = option(False, "drop doc_strings and metadata_props of nodes, not of the model", per_site=False)
 
+    def weaker(self) -> Self | None:
+        """Returns the pass without the one rewrite that moves the outputs at all, by float rounding."""
+        return replace(self, fold_batch_norm=False) if self.fold_batch_norm else None
+
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place; see the module for what is done, in that order."""
         answers: list[Change | Skip] = [*_remove_unused(graph)]
@@ -66,7 +70,7 @@ class Tidy(Pass):
         worth_telling = notes_bytes > _MANY_NOTES_BYTES and not self.strip_notes
         hint = f"exporter's notes on nodes take {notes_bytes} bytes; tidy:strip-notes=true drops them"
         skips = [answer for answer in answers if isinstance(answer, Skip)]
-        return Report(changes, skips, notes=[hint] if worth_telling else [])
+        return Report(_by_site(changes), skips, notes=[hint] if worth_telling else [])
 
 
 def _remove_unused(graph: Graph) -> Iterator[Change]:
@@ -86,7 +90,8 @@ def _remove_identities(scope: Scope, graph: Graph) -> Iterator[Change]:
             readers = list(node.outputs[0].outputs)  # their bytes change with the name of what they read
             before = nodes_bytes([node, *readers])
             replace_everywhere(scope.graph, node.outputs[0], node.inputs[0])
-            remove_dead(graph, [node])
+            gone = [item for item in remove_dead(graph, [node]) if item is not node]  # a Dropout's ratio
+            before += sum(item_bytes(item, scope.graph) for item in gone)
             yield Change(scope.address(node.site), before, nodes_bytes(readers), f"{node.op} removed")
 
 
@@ -102,7 +107,10 @@ def _fold_constants(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
         if result_elements(node) > before:  # even at one byte an element; and a huge result is never computed
             yield Skip(site, f"folding this {node.op} would grow the file")
             continue
-        folded = [Constant(tensor.name, values) for tensor, values in evaluate(node, scope.graph)]
+        folded = [
+            Constant(tensor.name, values, tensor.info if id(tensor) in outputs else None)
+            for tensor, values in evaluate(node, scope.graph)
+        ]
         after = sum(constant_bytes(constant, scope.graph) for constant in folded)
         if after > before:
             yield Skip(site, f"folding this {node.op} would grow the file from {before} to {after} bytes")
@@ -156,6 +164,17 @@ def _notes_bytes(node: Node) -> int:
     if node.residue is None:
         return 0
     return len(node.residue.doc_string.encode()) + sum(entry.ByteSize() for entry in node.residue.metadata_props)
+
+
+def _by_site(changes: Iterable[Change]) -> list[Change]:
+    """Returns one change for each site, which says all that was done to it."""
+    merged: dict[str, Change] = {}
+    for change in changes:
+        if (first := merged.get(change.site)) is not None:
+            before, after = first.bytes_before + change.bytes_before, first.bytes_after + change.bytes_after
+            change = Change(change.site, before, after, f"{first.detail}; {change.detail}")
+        merged[change.site] = change
+    return list(merged.values())
 
 
 def _is_identity(node: Node) -> bool:

@@ -75,6 +75,13 @@ class TestValues:
         text = "(int8[999] x) => (float[999] y) { i = Cast<to = 7>(x) y = Gather(t, i) }"
         assert values(samples_of(text, t=(1000,)), "x") == set(range(128))
 
+    def test_an_axis_that_the_caller_of_a_function_sets_is_not_known(self) -> None:
+        model = parser.parse_model("""<ir_version: 8, opset_import: ["": 17, "local": 1]>
+            g (int64[50] x) => (float[50] y) { y = local.Look <along = 0> (x) }
+            <domain: "local", opset_import: ["": 17]> Look <along> (k) => (h) {
+                t = Constant<value = float[2] {3, 4}>() h = Gather <axis: int = @along> (t, k) }""")
+        assert values(samples_of(model), "x") == {0, 1}
+
     def test_an_id_that_is_made_one_hot(self) -> None:
         text = "(int64[50] x) => (float[50, 4] y) <int64 depth = {4}, float[2] v = {0, 1}> { y = OneHot(x, depth, v) }"
         assert values(samples_of(text), "x") == {0, 1, 2, 3}

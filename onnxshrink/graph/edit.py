@@ -144,10 +144,10 @@ def remove_dead(graph: Graph, suspects: Iterable[Node | Constant] | None = None)
     Returns:
         What was removed, last users first; what went inside the bodies of a removed node is not named again.
     """
-    owners = {id(item): scope.graph for scope in graph.scopes() for item in scope.graph.items}
-    outputs = output_ids(graph)
+    scopes = [scope.graph for scope in graph.scopes()]  # one walk: this is called for every node that goes
+    outputs = {id(tensor) for scope in scopes for tensor in scope.outputs}
     if suspects is None:
-        suspects = [item for scope in graph.scopes() for item in scope.graph.items]
+        suspects = [item for scope in scopes for item in scope.items]
     queue: list[Node | Constant] = list(suspects)
     removed: list[Node | Constant] = []
     gone: set[int] = set()
@@ -167,7 +167,9 @@ def remove_dead(graph: Graph, suspects: Iterable[Node | Constant] | None = None)
             queue.extend(tensor.inputs[0] for tensor in inputs if isinstance(tensor, Variable) and tensor.inputs)
     inside = _inner_ids(removed)
     removed = [item for item in removed if id(item) not in inside]
-    for owner in {id(owners[id(item)]): owners[id(item)] for item in removed if id(item) in owners}.values():
+    for owner in scopes:
+        if gone.isdisjoint(map(id, owner.items)):
+            continue
         owner.nodes = [node for node in owner.nodes if id(node) not in gone]
         owner.constants = [constant for constant in owner.constants if id(constant) not in gone]
         owner.inputs = [tensor for tensor in owner.inputs if id(tensor) not in gone]

@@ -39,7 +39,7 @@ def is_computable(node: Node) -> bool:
     """Whether all inputs of a node are constants and its result does not depend on the implementation."""
     if node.op not in EXACT_OPS or not node.is_standard or any(True for _ in node.bodies()):
         return False
-    if any(isinstance(value, onnx.AttributeProto) and value.ref_attr_name for value in node.attrs.values()):
+    if any(isinstance(value, onnx.AttributeProto) for value in node.attrs.values()):  # set where the function is called
         return False
     constants = [tensor for tensor in node.inputs if tensor.name]
     if not all(isinstance(tensor, Constant) and tensor.dtype != object for tensor in constants):

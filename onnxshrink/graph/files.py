@@ -29,7 +29,8 @@ __all__ = ["MAX_MESSAGE_BYTES", "ModelSource", "atomic_file", "check_output", "l
 ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto
 MAX_MESSAGE_BYTES = 2**31 - 1
 _SMALL_TENSOR_BYTES = 1024  # stays in the message: shapes and scalars are needed there for shape inference
-_ALIGNMENT = 4096  # ONNX Runtime maps external data by page when offsets are aligned (onnx.proto, external_data)
+_ALIGNMENT = 16  # of every tensor in the data file: the widest element type
+_PAGE, _PAGED_BYTES = 4096, 1 << 20  # larger tensors begin on a page, to be mapped (onnx.proto, external_data); padding must not show
 
 
 def load(source: ModelSource) -> Graph:
@@ -58,21 +59,26 @@ def load(source: ModelSource) -> Graph:
         raise ModelReadError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
 
-def save(graph: Graph, path: str | os.PathLike[str]) -> int:
+def save(graph: Graph, path: str | os.PathLike[str], *, keep: Iterable[str | os.PathLike[str]] = ()) -> int:
     """Writes a model, atomically; large or formerly external tensors go to ``<path>.data`` when they must.
+
+    Args:
+        graph: only read.
+        path: of the model file.
+        keep: files that must not be replaced, beside those that the graph still reads.
 
     Returns:
         The bytes written, both files together.
 
     Raises:
-        OutputError: the place cannot be written, the disk is full, or the output is a file that the graph still reads.
+        OutputError: the place cannot be written, the disk is full, or the output is a file to keep.
     """
     target = Path(path)
-    protected = {os.path.realpath(source) for source in source_paths(graph)}
+    protected = {os.path.realpath(source) for source in (*source_paths(graph), *keep)}
     data_target = target.with_name(target.name + ".data")
     for place in (target, data_target):
         if os.path.realpath(place) in protected:
-            raise OutputError(f"{place}: the output must not replace data that the input still needs; choose another name")
+            raise OutputError(f"{place}: the output must not replace a file of the input; choose another name")
     if not _needs_external(graph):
         with atomic_file(target) as file:
             return file.write(to_model(graph).SerializeToString(deterministic=True))
@@ -120,11 +126,11 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLik
         inputs: files that it must not replace.
 
     Raises:
-        OutputError: the folder is missing or not writable, the path is a folder, or it is one of the inputs.
+        OutputError: the folder is missing or not writable, the path is a folder or a device, or it is one of the inputs.
     """
     target = Path(path)
     if any(os.path.realpath(target) == os.path.realpath(source) for source in inputs):
-        raise OutputError(f"{target}: the output must not be the input; choose another name")
+        raise OutputError(f"{target}: the output must not replace a file of the input; choose another name")
     with atomic_file(target, replace=False):
         pass
 
@@ -138,13 +144,14 @@ def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterat
         replace: False only tries whether the place can be written, and leaves nothing.
 
     Raises:
-        OutputError: the folder is missing or not writable, or the disk is full.
+        OutputError: the folder is missing or not writable, the path is a folder or a device, or the disk is full.
     """
     target = Path(path)
-    if os.path.isdir(target):
-        raise OutputError(f"{target}: cannot be written: it is a folder")
     temporary = None
     try:
+        if target.exists() and not target.is_file():  # renaming onto /dev/null would replace it
+            kind = "a folder" if target.is_dir() else "no regular file"
+            raise OutputError(f"{target}: cannot be written: it is {kind}")
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
             yield file  # type: ignore[misc]  # the wrapper has BinaryIO's methods
@@ -181,7 +188,8 @@ class _ExternalWriter:
             if stored.tensor.HasField("doc_string"):
                 reference.doc_string = stored.tensor.doc_string
             reference.metadata_props.extend(stored.tensor.metadata_props)
-        offset = -(-self.file.tell() // _ALIGNMENT) * _ALIGNMENT
+        step = _PAGE if constant.nbytes >= _PAGED_BYTES else _ALIGNMENT
+        offset = -(-self.file.tell() // step) * step
         self.file.seek(offset)
         if stored is not None and stored.external is not None:
             _copy_range(stored, self.file)

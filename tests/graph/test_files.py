@@ -154,6 +154,14 @@ class TestSave:
         with pytest.raises(OutputError, match="/proc/m.onnx: cannot be written"):
             save(small, "/proc/m.onnx")
 
+    def test_what_is_no_file_is_not_replaced(self, small: Graph, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")  # as /dev/null would be
+        with pytest.raises(OutputError, match="pipe: cannot be written: it is no regular file"):
+            check_output(tmp_path / "pipe")
+        with pytest.raises(OutputError, match="pipe: cannot be written: it is no regular file"):
+            save(small, tmp_path / "pipe")
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
     def test_a_place_can_be_tried_in_advance(self, tmp_path: Path) -> None:
         check_output(tmp_path / "m.onnx")
         (tmp_path / "old.onnx").write_bytes(b"old")
@@ -163,7 +171,7 @@ class TestSave:
         with pytest.raises(OutputError, match="cannot be written"):
             check_output(tmp_path / "missing" / "m.onnx")
         (tmp_path / "link.onnx").symlink_to(tmp_path / "old.onnx")
-        with pytest.raises(OutputError, match="must not be the input"):
+        with pytest.raises(OutputError, match="must not replace a file of the input"):
             check_output(tmp_path / "link.onnx", [tmp_path / "old.onnx"])
 
 
@@ -177,8 +185,21 @@ class TestSaveExternal:
         saved = onnx.load(tmp_path / "out.onnx", load_external_data=False)
         entries = [{entry.key: entry.value for entry in item.external_data} for item in saved.graph.initializer]
         assert [entry.get("location") for entry in entries] == ["out.onnx.data", "out.onnx.data", None]
-        assert [int(entry.get("offset", 0)) % 4096 for entry in entries] == [0, 0, 0]
+        assert [entry.get("offset") for entry in entries] == ["0", "16000", None]
         assert [entry.get("length") for entry in entries] == ["16000", "16000", None]
+
+    def test_padding_does_not_show_and_large_tensors_begin_on_a_page(self, tmp_path: Path) -> None:
+        arrays = {"w": np.ones((512, 512), np.float32), **{f"b{number}": np.ones(9, np.float32) for number in range(99)}}
+        model = make_model([helper.make_node("Relu", ["x"], ["y"])], [tensor("x", [1])], [tensor("y", [1])])
+        model.graph.initializer.extend(value(name, array) for name, array in reversed(arrays.items()))
+        onnx.save(model, tmp_path / "in.onnx", save_as_external_data=True, location="in.bin", size_threshold=0)
+        before = sum((tmp_path / name).stat().st_size for name in ("in.onnx", "in.bin"))
+        assert save(load(tmp_path / "in.onnx"), tmp_path / "out.onnx") < before + 4096 + 99 * 32
+
+        saved = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+        entries = {item.name: {entry.key: entry.value for entry in item.external_data} for item in saved.graph.initializer}
+        assert int(entries["w"]["offset"]) % 4096 == 0
+        assert all(int(entry["offset"]) % 16 == 0 for entry in entries.values())
 
     def test_outputs_stay_the_same(self, external: Path, tmp_path: Path) -> None:
         save(load(external), tmp_path / "out.onnx")
@@ -237,7 +258,7 @@ class TestSaveExternal:
             (external.parent.parent / "link").symlink_to(external.parent)
             target = external.parent.parent / "link" / output
         before = data.read_bytes()
-        with pytest.raises(OutputError, match="must not replace data that the input still needs; choose another name"):
+        with pytest.raises(OutputError, match="must not replace a file of the input; choose another name"):
             save(load(external), target)
         assert data.read_bytes() == before
         assert len(names(external.parent)) == 2
@@ -247,7 +268,7 @@ class TestSaveExternal:
         save(graph, external)
         assert names(external.parent) == ["model.onnx", "model.onnx.data", "weights.bin"]
         assert differences(before, onnx.load(external)) == []
-        with pytest.raises(OutputError, match="must not replace data that the input still needs"):
+        with pytest.raises(OutputError, match="must not replace a file of the input"):
             save(load(external), external)
 
     def test_models_over_the_limit_of_a_message_are_split(

@@ -1,0 +1,433 @@
+"""Shared weights as ONNX Runtime decodes them, against weights made by hand with the public functions of numerics.
+
+`decoded` asks ONNX Runtime for the weight itself, as one more output: nothing of onnxshrink takes part in the decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxshrink.contract import Context, Report, Rule
+from onnxshrink.errors import OptionError
+from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.exporter import to_model
+from onnxshrink.graph.files import load
+from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
+from onnxshrink.numerics.grids import decode, encode, fit_grid
+from onnxshrink.passes.share_weights import ShareWeights
+from tests import oracle
+
+Array = np.ndarray[Any, np.dtype[Any]]
+OPSETS = (7, 9, 10, 13, 21, 26)
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def uneven(*shape: int) -> Array:
+    """Returns weights whose output channels, on the last axis, differ in size a hundredfold."""
+    return normal(*shape) * np.geomspace(0.1, 10, shape[-1]).astype(np.float32)
+
+
+def dense(weight: Array, opset: int = 13) -> onnx.ModelProto:
+    """Returns y = x · w, computed in float32 or float64."""
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    wide = TensorProto.DOUBLE if weight.dtype == np.float64 else TensorProto.FLOAT
+    nodes = [helper.make_node("Cast", ["w"], ["wide"], to=wide), helper.make_node("MatMul", ["x", "wide"], ["y"])]
+    if kind == wide:
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    inputs, outputs = [oracle.tensor("x", [1, len(weight)], wide)], [oracle.tensor("y", [1, weight.shape[1]], wide)]
+    return oracle.make_model(nodes, inputs, outputs, [oracle.value("w", weight)], opset=opset)
+
+
+def run(subject: ShareWeights, model: onnx.ModelProto, *rules: Rule) -> tuple[onnx.ModelProto, Report]:
+    graph = load(model)
+    report = subject.apply(graph, Context(rules=rules))
+    sort_nodes(graph)
+    result = to_model(graph)
+    onnx.checker.check_model(result, full_check=True)
+    return result, report
+
+
+def decoded(model: onnx.ModelProto, name: str = "w") -> Array:
+    """Returns what ONNX Runtime makes of a tensor."""
+    model = copy.deepcopy(model)
+    model.graph.output.append(onnx.ValueInfoProto(name=name))
+    running = oracle.session(model)
+    return oracle.run(running, oracle.random_feeds(running))[-1]
+
+
+def shared(subject: ShareWeights, weight: Array, opset: int = 13) -> tuple[Array, onnx.ModelProto, Report]:
+    """Returns the weight as decoded, the model, and the report of a pass that did share it."""
+    result, report = run(subject, dense(weight, opset))
+    assert [change.site for change in report.changes] == ["w"]
+    return decoded(result), result, report
+
+
+def same_outputs(one: onnx.ModelProto, other: onnx.ModelProto) -> bool:
+    sessions = oracle.session(one), oracle.session(other)
+    feeds = oracle.random_feeds(sessions[0])
+    return all(map(oracle.same_bits, *(oracle.run(running, feeds) for running in sessions)))
+
+
+def quantized(weight: Array, bits: int, method: str, per: str) -> Array:
+    """Returns the weight, [inputs, outputs], as the options say it is stored; not for scales, which have a test of their own."""
+    rows = weight.reshape(1, -1) if per == "tensor" else np.ascontiguousarray(weight.T)
+    if method == "uniform":
+        grid = fit_grid(rows, bits)
+        values = decode(encode(rows, grid), grid)
+    elif per == "tensor":
+        codebook = kmeans_1d(rows, 2**bits).astype(weight.dtype)
+        values = codebook[nearest(rows, codebook)]
+    else:
+        codebooks = kmeans_rows(rows, 2**bits).astype(weight.dtype)
+        values = np.take_along_axis(codebooks, nearest_rows(rows, codebooks).astype(np.intp), axis=1)
+    return (values.reshape(weight.shape) if per == "tensor" else values.T).astype(weight.dtype)
+
+
+class TestExact:
+    @pytest.mark.parametrize("opset", OPSETS)
+    @pytest.mark.parametrize("distinct", [1, 2, 3, 16, 17, 100, 256])
+    def test_few_values_come_back_bit_for_bit(self, distinct: int, opset: int) -> None:
+        palette = normal(distinct)
+        weight = np.resize(palette, (64, 48))
+        np.random.default_rng(0).shuffle(weight.ravel())
+        got, result, report = shared(ShareWeights(method="exact"), weight, opset)
+        assert got.tobytes() == weight.tobytes()
+        assert same_outputs(dense(weight, opset), result)
+        assert report.changes[0].detail == f"exact: {distinct} distinct values"
+
+    @pytest.mark.parametrize("method", ["auto", "exact", "kmeans", "uniform"])
+    def test_is_tried_first_whatever_the_method(self, method: str) -> None:
+        weight = np.resize(normal(16), (32, 32))
+        got, _, report = shared(ShareWeights(bits=4, method=method), weight)
+        assert got.tobytes() == weight.tobytes()
+        assert report.changes[0].detail == "exact: 16 distinct values"
+
+    def test_signs_of_zero_and_what_is_not_finite_survive(self) -> None:
+        weight = np.resize(np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-42], np.float32), (32, 32))
+        weight[0, 0] = np.array([0x7FC12345], np.uint32).view(np.float32)[0]
+        got, _, report = shared(ShareWeights(), weight)
+        assert got.tobytes() == weight.tobytes()
+        assert report.changes[0].detail == "exact: 7 distinct values"
+
+    def test_what_has_more_values_is_left_alone(self) -> None:
+        weight = np.resize(normal(17), (32, 32))
+        model = dense(weight)
+        result, report = run(ShareWeights(bits=4, method="exact"), model)
+        assert result.SerializeToString() == to_model(load(model)).SerializeToString()
+        assert [skip.reason for skip in report.skips] == ["more than 16 distinct values"]
+
+    def test_reaches_weights_that_must_not_change(self) -> None:
+        """A bias or an added constant may be stored otherwise, as long as it stays what it is."""
+        constant = np.resize(normal(3), (32, 32))
+        node = helper.make_node("Add", ["x", "w"], ["y"])
+        model = oracle.make_model([node], [oracle.tensor("x", [32, 32])], [oracle.tensor("y", [32, 32])], [oracle.value("w", constant)])
+        result, report = run(ShareWeights(), model)
+        assert decoded(result).tobytes() == constant.tobytes()
+        model.graph.initializer[0].CopyFrom(oracle.value("w", normal(32, 32)))
+        _, report = run(ShareWeights(), model)
+        assert [skip.reason for skip in report.skips] == [
+            "more than 256 distinct values, and it input 1 of Add is not a weight operand"
+        ]
+
+
+class TestApproximate:
+    @pytest.mark.parametrize("per", ["tensor", "channel"])
+    @pytest.mark.parametrize("method", ["kmeans", "uniform"])
+    @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+    def test_is_what_the_options_say(self, bits: int, method: str, per: str) -> None:
+        weight = uneven(800 if per == "channel" else 40, 24)  # long rows: a codebook for each must pay
+        expected = quantized(weight, bits, method, per)
+        got, result, _ = shared(ShareWeights(bits=bits, method=method, per=per), weight)
+        np.testing.assert_array_equal(got, expected)
+        assert same_outputs(dense(expected), result)
+
+    @pytest.mark.parametrize("bits", [1, 2, 5, 8])
+    def test_with_scales_is_a_codebook_of_halves_times_a_scale_of_each_channel(self, bits: int) -> None:
+        weight = uneven(400, 24)
+        got, result, report = shared(ShareWeights(bits=bits, method="kmeans"), weight)
+        (scale,) = [array for name, array in initializers(result).items() if name == "w.scale"]
+        wide = weight.astype(np.float64)
+        wanted = np.sqrt(np.abs(wide).max(axis=0) * np.sqrt(np.mean(wide**2, axis=0)))
+        np.testing.assert_allclose(scale, wanted[None], rtol=1e-5)
+        scaled = np.ascontiguousarray((weight / scale).T)
+        codebook = kmeans_1d(scaled, 2**bits).astype(np.float16)
+        expected = (codebook[nearest(scaled, codebook)].astype(np.float32) * scale.T).T
+        np.testing.assert_array_equal(got, expected)
+        assert same_outputs(dense(expected), result)
+        assert report.changes[0].detail == f"k-means to {2**bits} values, 24 channels, scaled"
+
+    @pytest.mark.parametrize(("rows", "words"), [(400, "k-means to 16 values, "), (8, "uniform grid of 4 bits, ")])
+    def test_auto_takes_a_codebook_where_it_pays(self, rows: int, words: str) -> None:
+        _, _, report = shared(ShareWeights(bits=4), uneven(rows, 60))
+        assert report.changes[0].detail.startswith(words)
+
+    def test_more_bits_are_never_worse(self) -> None:
+        weight = uneven(300, 16)
+        for method, per in (("kmeans", "scale"), ("kmeans", "tensor"), ("uniform", "channel")):
+            errors = [
+                float(np.sum((shared(ShareWeights(bits=bits, method=method, per=per), weight)[0] - weight) ** 2.0))
+                for bits in (1, 2, 3, 5, 7)
+            ]
+            assert errors == sorted(errors, reverse=True)
+            assert errors[-1] < 2e-3 * errors[0]
+
+    @pytest.mark.parametrize("bits", [1, 3, 4, 6, 7])
+    def test_is_the_same_at_every_opset(self, bits: int) -> None:
+        weight = normal(61, 37)  # no multiple of eight: the last byte of every plane is padded
+        expected = quantized(weight, bits, "kmeans", "tensor")
+        for opset in OPSETS:
+            got, _, _ = shared(ShareWeights(bits=bits, method="kmeans", per="tensor"), weight, opset)
+            np.testing.assert_array_equal(got, expected)
+
+    @pytest.mark.parametrize("opset", OPSETS)
+    def test_16_bits_are_float16(self, opset: int) -> None:
+        weight = normal(32, 32)
+        got, result, report = shared(ShareWeights(bits=16), weight, opset)
+        np.testing.assert_array_equal(got, weight.astype(np.float16).astype(np.float32))
+        assert same_outputs(dense(got, opset), result)
+        assert report.changes[0].detail == "float16"
+
+    @pytest.mark.parametrize("spoil", [np.nan, np.inf])
+    def test_is_not_for_what_is_not_finite(self, spoil: float) -> None:
+        weight = normal(32, 32)
+        weight[3, 4] = spoil
+        _, report = run(ShareWeights(), dense(weight))
+        assert [skip.reason for skip in report.skips] == ["holds NaN or infinity"]
+
+
+class TestZeros:
+    @pytest.mark.parametrize("per", ["tensor", "channel", "scale"])
+    @pytest.mark.parametrize("method", ["kmeans", "uniform", "auto"])
+    @pytest.mark.parametrize("bits", [1, 2, 4])
+    def test_of_a_pruned_weight_survive(self, bits: int, method: str, per: str) -> None:
+        weight = uneven(200, 16) + np.float32(0.02)
+        weight[np.abs(weight) < np.quantile(np.abs(weight), 0.7, axis=0)] = 0
+        got, _, _ = shared(ShareWeights(bits=bits, method=method, per=per), weight)
+        assert not got[weight == 0].any()
+        assert got[weight != 0].any()
+
+
+class TestRange:
+    @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e25, 3e38])
+    def test_one_channel_of_extreme_size_does_not_spoil_itself_or_others(self, size: float) -> None:
+        weight = np.clip(normal(400, 16), -1, 1)
+        weight[:, 3] *= np.float32(size)
+        got, _, _ = shared(ShareWeights(bits=6), weight)
+        for column in range(16):
+            wanted, found = weight[:, column].astype(np.float64), got[:, column].astype(np.float64)
+            assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+
+    def test_channels_of_zeros_and_of_one_value_stay_what_they_are(self) -> None:
+        weight = normal(400, 16)
+        weight[:, 2], weight[:, 5] = 0, 0.25
+        got, _, _ = shared(ShareWeights(bits=5), weight)
+        assert not got[:, 2].any()
+        np.testing.assert_allclose(got[:, 5], 0.25, rtol=0.05)
+
+    def test_beyond_float32_a_weight_is_left_alone(self) -> None:
+        weight = normal(64, 64, dtype=np.float64)
+        weight[0, 0] = 1e300
+        _, report = run(ShareWeights(bits=4), dense(weight))
+        assert [skip.reason for skip in report.skips] == ["holds values beyond the range of float32"]
+
+    def test_beyond_float16_a_weight_is_not_halved(self) -> None:
+        weight = normal(64, 64)
+        weight[0, 0] = 1e5
+        _, report = run(ShareWeights(bits=16), dense(weight))
+        assert [skip.reason for skip in report.skips] == ["has values beyond the range of float16"]
+
+
+class TestTypes:
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+    @pytest.mark.parametrize(("bits", "method", "per"), [(4, "kmeans", "tensor"), (4, "uniform", "tensor"), (5, "kmeans", "scale")])
+    def test_are_kept(self, dtype: Any, bits: int, method: str, per: str) -> None:
+        weight = normal(96, 64, dtype=dtype)
+        result, report = run(ShareWeights(bits=bits, method=method, per=per), dense(weight))
+        assert [change.site for change in report.changes] == ["w"]
+        got = decoded(result)
+        got = got.view(dtype).reshape(weight.shape) if got.dtype == np.uint8 else got  # bfloat16 comes as bytes
+        assert got.dtype == weight.dtype
+        if per == "tensor":
+            np.testing.assert_array_equal(got, quantized(weight, bits, method, per))
+        error, scale = (got.astype(np.float64) - weight.astype(np.float64)), np.std(weight.astype(np.float64))
+        assert np.sqrt(np.mean(error**2)) < 0.2 * scale
+
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+    def test_of_two_bytes_are_not_halved(self, dtype: Any) -> None:
+        _, report = run(ShareWeights(bits=16), dense(normal(64, 64, dtype=dtype)))
+        assert [skip.reason for skip in report.skips] == [f"is {np.dtype(dtype).name} already"]
+
+    def test_of_integers_are_left_alone(self) -> None:
+        node = helper.make_node("Gather", ["w", "x"], ["y"])
+        ids = oracle.tensor("x", [3], TensorProto.INT64)
+        values = np.resize(np.arange(5), (100, 8))
+        model = oracle.make_model([node], [ids], [oracle.tensor("y", [3, 8], TensorProto.INT64)], [oracle.value("w", values)])
+        _, report = run(ShareWeights(), model)
+        assert [skip.reason for skip in report.skips] == ["holds int64 values, not floating point"]
+
+
+class TestSize:
+    @pytest.mark.parametrize("bits", [1, 2, 3, 5, 7, 8])
+    @pytest.mark.parametrize(("method", "per"), [("kmeans", "tensor"), ("kmeans", "scale"), ("uniform", "channel")])
+    def test_is_about_the_bits_asked_for(self, bits: int, method: str, per: str) -> None:
+        weight = normal(256, 64)
+        result, report = run(ShareWeights(bits=bits, method=method, per=per), dense(weight))
+        payload = bits * weight.size / 8
+        assert payload < result.ByteSize() < payload + 4000  # nodes, 256 values, scales and zero points of 64 channels
+        measured = result.ByteSize() - dense(weight).ByteSize()
+        assert abs(sum(c.bytes_after - c.bytes_before for c in report.changes) - measured) <= 16
+
+    def test_never_grows(self) -> None:
+        grown, kept = [], 0
+        for count in (2, 5, 20, 60, 100, 200, 300, 500, 1000, 3000):
+            for subject in (ShareWeights(), ShareWeights(bits=1), ShareWeights(bits=8, per="channel"), ShareWeights(bits=16)):
+                model = dense(normal(count, 2))
+                result, report = run(subject, model)
+                grown += [(count, subject)] if result.ByteSize() > model.ByteSize() else []
+                kept += len(report.skips)
+                if report.skips:
+                    assert report.skips[0].reason.startswith("too small to gain: ")
+                    assert result.SerializeToString() == to_model(load(model)).SerializeToString()
+        assert grown == []
+        assert 10 < kept < 40  # both happened
+
+    @pytest.mark.parametrize("subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)])
+    @pytest.mark.parametrize("opset", OPSETS)
+    def test_nothing_is_left_to_decode_at_run_time(self, tmp_path: Path, subject: ShareWeights, opset: int) -> None:
+        model = dense(normal(128, 64), opset)
+        result, _ = run(subject, model)
+        ops = []
+        for name, candidate in (("before", model), ("after", result)):
+            path = tmp_path / f"{name}.onnx"
+            oracle.session(candidate, optimised_to=path)
+            ops.append([node.op_type for node in onnx.load(path).graph.node])
+        assert ops[0] == ops[1] == ["MatMul"]
+
+
+class TestSites:
+    def test_below_opset_7_nothing_can_decode(self) -> None:
+        model = oracle.make_model(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            [oracle.tensor("x", [1, 64])],
+            [oracle.tensor("y", [1, 64])],
+            [oracle.value("w", normal(64, 64))],
+            opset=6,
+        )
+        result, report = run(ShareWeights(), model)
+        assert [(skip.site, skip.reason) for skip in report.skips] == [
+            ("w", "opset 6 is below 7, the first that can decode it")
+        ]
+        assert result.SerializeToString() == to_model(load(model)).SerializeToString()
+
+    @pytest.mark.parametrize(
+        ("node", "shape", "weight", "axis"),
+        [
+            (helper.make_node("Conv", ["x", "w"], ["y"]), [1, 8, 9, 9], (32, 8, 3, 3), 0),
+            (helper.make_node("ConvTranspose", ["x", "w"], ["y"]), [1, 8, 9, 9], (8, 32, 3, 3), 1),
+            (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), [1, 64], (32, 64), 0),
+            (helper.make_node("MatMul", ["x", "w"], ["y"]), [3, 1, 64], (3, 64, 32), 2),
+            (helper.make_node("MatMul", ["w", "x"], ["y"]), [64, 2], (32, 64), 0),
+        ],
+        ids=["Conv", "ConvTranspose", "transB", "batched", "left"],
+    )
+    def test_channels_are_those_of_the_op(
+        self, node: onnx.NodeProto, shape: list[int], weight: tuple[int, ...], axis: int
+    ) -> None:
+        sizes = np.geomspace(0.01, 100, weight[axis]).astype(np.float32)
+        values = normal(*weight) * sizes.reshape([-1 if at == axis else 1 for at in range(len(weight))])
+        rank = max(len(shape), len(weight))
+        model = oracle.make_model([node], [oracle.tensor("x", shape)], [oracle.tensor("y", [None] * rank)], [oracle.value("w", values)])
+        result, _ = run(ShareWeights(bits=4, method="uniform", per="channel"), model)
+        rows = np.moveaxis(values, axis, 0).reshape(weight[axis], -1)
+        grid = fit_grid(rows, 4)
+        others = [size for at, size in enumerate(weight) if at != axis]
+        expected = np.moveaxis(decode(encode(rows, grid), grid).reshape(weight[axis], *others), 0, axis)
+        np.testing.assert_array_equal(decoded(result), expected)
+
+    def test_a_grouped_transposed_convolution_has_no_channel_axis(self) -> None:
+        values = normal(8, 16, 3, 3)
+        node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2)
+        model = oracle.make_model([node], [oracle.tensor("x", [1, 8, 5, 5])], [oracle.tensor("y", [1, 32, 7, 7])], [oracle.value("w", values)])
+        result, _ = run(ShareWeights(bits=4, method="kmeans", per="channel"), model)
+        np.testing.assert_array_equal(decoded(result), quantized(values, 4, "kmeans", "tensor"))
+
+    def test_a_tied_weight_is_stored_once(self) -> None:
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+        model = oracle.make_model(nodes, [oracle.tensor("x", [1, 64])], [oracle.tensor("y", [1, 64])], [oracle.value("w", normal(64, 64))])
+        result, report = run(ShareWeights(bits=4), model)
+        assert [change.site for change in report.changes] == ["w"]
+        assert [name for name in initializers(result) if "codes" in name] == ["w.codes"]
+
+    def test_rules_set_each_layer_by_itself(self) -> None:
+        names = ["a", "b", "c", "d"]
+        nodes = [helper.make_node("MatMul", [source, name], [f"{name}_out"], name=f"node_{name}") for source, name in zip("xabc", names, strict=True)]
+        for node, source in zip(nodes[1:], names, strict=False):
+            node.input[0] = f"{source}_out"
+        values = {name: normal(64, 64, seed=index) for index, name in enumerate(names)}
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", [1, 64])], [oracle.tensor("d_out", [1, 64])], [oracle.value(*item) for item in values.items()]
+        )
+        rules = [Rule("b", {"bits": 3, "per": "tensor"}), Rule("node_c", skip=True), Rule("d_out", {"bits": 16})]
+        result, report = run(ShareWeights(bits=2, method="kmeans", per="tensor"), model, *rules)
+        assert [len(np.unique(decoded(result, name))) for name in ("a", "b")] == [4, 8]
+        np.testing.assert_array_equal(decoded(result, "c"), values["c"])
+        np.testing.assert_array_equal(decoded(result, "d"), values["d"].astype(np.float16).astype(np.float32))
+        assert [(skip.site, skip.reason) for skip in report.skips] == [("c", "left alone by a rule")]
+
+    def test_an_initializer_that_callers_could_override_is_told(self) -> None:
+        model = dense(np.resize(normal(9), (64, 64)), opset=8)
+        model.graph.input.append(oracle.tensor("w", [64, 64]))
+        result, report = run(ShareWeights(), model)
+        assert report.changes[0].detail == "exact: 9 distinct values; no longer a graph input that callers can override"
+        assert [value.name for value in result.graph.input] == ["x"]
+
+    def test_what_is_coded_already_is_left_alone(self) -> None:
+        once, _ = run(ShareWeights(bits=4), dense(normal(64, 64)))
+        twice, report = run(ShareWeights(bits=2), once)
+        assert twice.SerializeToString() == once.SerializeToString()
+        assert ("w", "is stored as codes already") in [(skip.site, skip.reason) for skip in report.skips]
+        assert not report.changes
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"bits": 0}, "share-weights: bits must be a whole number from 1 to 16, got 0"),
+            ({"bits": 17}, "share-weights: bits must be a whole number from 1 to 16, got 17"),
+            ({"bits": 12}, "share-weights: bits must be 1 to 8, or 16 for float16, got 12"),
+            ({"method": "huffman"}, "share-weights: method must be one of auto, exact, kmeans, uniform, got 'huffman'"),
+            ({"per": "row"}, "share-weights: per must be one of tensor, channel, scale, got 'row'"),
+        ],
+    )
+    def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(OptionError) as caught:
+            ShareWeights(**options)
+        assert str(caught.value) == message
+
+    def test_weaker_is_one_bit_more_up_to_eight(self) -> None:
+        seen, subject = [], ShareWeights(bits=3, method="uniform", per="channel")
+        while subject is not None:
+            assert (subject.method, subject.per) == ("uniform", "channel")
+            seen.append(subject.bits)
+            subject = subject.weaker()
+        assert seen == [3, 4, 5, 6, 7, 8]
+        assert ShareWeights(bits=16).weaker() is None
+
+    def test_a_spared_site_is_stored_in_16_bits(self) -> None:
+        assert ShareWeights(bits=2).spared() == {"bits": 16}
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, Array]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

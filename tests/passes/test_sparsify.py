@@ -1,0 +1,345 @@
+"""Sparsity against masks made by hand: sorting, grouping and cutting in plain numpy, outputs in ONNX Runtime."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxshrink.contract import Context, Report, Rule
+from onnxshrink.errors import OptionError
+from onnxshrink.graph.exporter import to_model
+from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.files import load
+from onnxshrink.passes.share_weights import ShareWeights
+from onnxshrink.passes.sparsify import Sparsify
+from tests import oracle
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def run(subject: Sparsify, model: onnx.ModelProto, *rules: Rule) -> tuple[dict[str, Array], Report, onnx.ModelProto]:
+    """Returns the initializers of the result by name, the report, and the result."""
+    graph = load(model)
+    report = subject.apply(graph, Context(rules=rules))
+    sort_nodes(graph)
+    result = to_model(graph)
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in result.graph.initializer}, report, result
+
+
+def chain(*weights: Array, op: str = "MatMul", dtype: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
+    """Returns a model that multiplies its input by one weight after the other, called w0, w1, ..."""
+    names = ["x", *(f"h{index}" for index in range(len(weights) - 1)), "y"]
+    nodes = [
+        helper.make_node(op, [source, f"w{index}"], [target], **attributes)
+        for index, (source, target) in enumerate(itertools.pairwise(names))
+    ]
+    return oracle.make_model(
+        nodes,
+        [oracle.tensor("x", None, dtype)],
+        [oracle.tensor("y", None, dtype)],
+        [oracle.value(f"w{index}", weight) for index, weight in enumerate(weights)],
+    )
+
+
+def smallest(values: Array, count: int) -> Array:
+    """Returns values with the ``count`` smallest magnitudes set to zero; of equal ones the first."""
+    result = values.copy()
+    order = np.argsort(np.abs(values.astype(np.float64)).ravel(), kind="stable")
+    result.ravel()[order[:count]] = 0
+    return result
+
+
+def keep_n_of_m(values: Array, axis: int, n: int, m: int) -> Array:
+    """Returns values with all but the n largest of each m consecutive ones along an axis set to zero."""
+    moved = np.moveaxis(values, axis, -1)
+    flat = moved.reshape(-1, moved.shape[-1]).copy()
+    for row in flat:
+        for start in range(0, len(row), m):
+            group = row[start : start + m]
+            order = sorted(range(len(group)), key=lambda at: (abs(float(group[at])), at))  # noqa: B023
+            for at in order[: max(0, len(group) - n)]:
+                group[at] = 0
+    return np.moveaxis(flat.reshape(moved.shape), -1, axis)
+
+
+class TestUnstructured:
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.tuples(st.integers(1, 9), st.integers(2, 9)), min_size=1, max_size=3), st.floats(0, 1))
+    def test_zeroes_the_smallest_of_each_layer(self, shapes: list[tuple[int, int]], share: float) -> None:
+        weights = [normal(*shape, seed=index) for index, shape in enumerate(shapes)]
+        found, report, _ = run(Sparsify(sparsity=share), chain(*weights))
+        for index, weight in enumerate(weights):
+            count = int(np.floor(share * weight.size + 1e-9))
+            np.testing.assert_array_equal(found[f"w{index}"], smallest(weight, count))
+        assert len(report.changes) + len(report.skips) == len(weights)
+
+    def test_of_all_layers_together_zeroes_the_smallest_of_all(self) -> None:
+        weights = [normal(12, 10), 10 * normal(10, 14, seed=1), 0.1 * normal(14, 6, seed=2)]
+        found, _, _ = run(Sparsify(sparsity=0.6, scope="global"), chain(*weights))
+        total = sum(weight.size for weight in weights)
+        expected = smallest(np.concatenate([weight.ravel() for weight in weights]), int(0.6 * total))
+        np.testing.assert_array_equal(np.concatenate([found[f"w{i}"].ravel() for i in range(3)]), expected)
+        assert np.count_nonzero(found["w2"]) == 0 < np.count_nonzero(found["w1"] == 0)  # layers do compete
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_in_every_float_type(self, dtype: Any) -> None:
+        weight = normal(16, 16, dtype=dtype)
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        found, _, result = run(Sparsify(sparsity=0.75), chain(weight, dtype=kind))
+        np.testing.assert_array_equal(found["w0"], smallest(weight, 192))
+        assert found["w0"].dtype == dtype
+        assert result.ByteSize() == chain(weight, dtype=kind).ByteSize()
+
+    def test_existing_zeros_count(self) -> None:
+        weight = smallest(normal(20, 10), 60)  # 30 %
+        found, report, _ = run(Sparsify(sparsity=0.5), chain(weight))
+        np.testing.assert_array_equal(found["w0"], smallest(weight, 100))
+        assert report.changes[0].detail == "50.0% zeros (was 30.0%), unstructured"
+        found, report, _ = run(Sparsify(sparsity=0.2), chain(weight))
+        np.testing.assert_array_equal(found["w0"], weight)
+        assert [(skip.site, skip.reason) for skip in report.skips] == [("w0", "30.0% zeros already, in this pattern")]
+
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_at_the_ends_of_the_range(self, share: float) -> None:
+        weight = normal(8, 8)
+        found, report, _ = run(Sparsify(sparsity=share), chain(weight))
+        np.testing.assert_array_equal(found["w0"], weight * (1 - share))
+        assert len(report.changes) == share
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 8), (4, 16)])
+    @pytest.mark.parametrize(
+        ("node", "shape", "axis"),
+        [
+            (helper.make_node("MatMul", ["x", "w"], ["y"]), (18, 6), 0),
+            (helper.make_node("MatMul", ["x", "w"], ["y"]), (3, 18, 6), 1),
+            (helper.make_node("MatMul", ["w", "x"], ["y"]), (6, 18), 1),
+            (helper.make_node("Gemm", ["x", "w"], ["y"]), (18, 6), 0),
+            (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), (6, 18), 1),
+            (helper.make_node("Conv", ["x", "w"], ["y"]), (6, 18), 1),  # [O, I, 1, 1]
+            (helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=6), (1, 24, 18), 2),
+        ],
+        ids=["MatMul", "batched", "left", "Gemm", "transB", "Conv", "LSTM"],
+    )
+    def test_n_of_m_lie_along_what_is_summed_over(
+        self, node: onnx.NodeProto, shape: tuple[int, ...], axis: int, n: int, m: int
+    ) -> None:
+        weight = normal(*shape)
+        stored = weight.reshape(6, 18, 1, 1) if node.op_type == "Conv" else weight
+        recurrent = oracle.value("r", normal(1, 24, 6))
+        values = [oracle.value("w", stored), *([recurrent] if node.op_type == "LSTM" else [])]
+        model = oracle.make_model([node], [oracle.tensor("x", None)], [oracle.tensor("y", None)], values)
+        found, report, _ = run(Sparsify(pattern=f"{n}:{m}"), model)
+        np.testing.assert_array_equal(found["w"].reshape(shape), keep_n_of_m(weight, axis, n, m))
+        assert f"{n}:{m}" in report.changes[0].detail
+
+    def test_n_of_m_in_a_kernel_run_through_channels_then_positions(self) -> None:
+        weight = normal(4, 3, 3, 3)
+        node = helper.make_node("Conv", ["x", "w"], ["y"])
+        model = oracle.make_model([node], [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        found, _, _ = run(Sparsify(pattern="2:4"), model)
+        np.testing.assert_array_equal(found["w"], keep_n_of_m(weight.reshape(4, 27), 1, 2, 4).reshape(weight.shape))
+
+    def test_n_of_m_behind_a_transpose(self) -> None:
+        weight = normal(6, 18)
+        nodes = [helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])]
+        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        found, _, _ = run(Sparsify(pattern="2:4"), model)
+        np.testing.assert_array_equal(found["w"], keep_n_of_m(weight, 1, 2, 4))
+
+    @settings(deadline=None, max_examples=40)
+    @given(*[st.integers(1, 4)] * 2, *[st.integers(2, 11)] * 2, st.floats(0, 1))
+    def test_blocks_of_least_root_mean_square_go(self, high: int, wide: int, outputs: int, inputs: int, share: float) -> None:
+        weight = normal(inputs, outputs, dtype=np.float64)
+        found, _, _ = run(Sparsify(pattern=f"{high}x{wide}", sparsity=share), chain(weight, dtype=TensorProto.DOUBLE))
+        rows = weight.T  # [outputs, inputs]: blocks are counted there
+        corners = list(itertools.product(range(0, outputs, high), range(0, inputs, wide)))
+        blocks = [(slice(top, top + high), slice(left, left + wide)) for top, left in corners]
+        strength = [np.sqrt(np.mean(rows[block] ** 2)) for block in blocks]
+        expected = rows.copy()
+        for at in np.argsort(strength, kind="stable")[: int(np.floor(share * len(blocks) + 1e-9))]:
+            expected[blocks[at]] = 0
+        np.testing.assert_array_equal(found["w0"], expected.T)
+
+    def test_blocks_of_all_layers_compete(self) -> None:
+        strong, weak = normal(8, 8) + 3, 0.01 * normal(8, 8, seed=1)
+        found, _, _ = run(Sparsify(pattern="2x2", sparsity=0.5, scope="global"), chain(strong, weak))
+        assert np.count_nonzero(found["w1"]) == 0
+        np.testing.assert_array_equal(found["w0"], strong)
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+    def test_are_those_of_a_model_masked_by_hand(self, pattern: str) -> None:
+        kernel, head = normal(8, 4, 3, 3), normal(288, 10)
+        nodes = [
+            helper.make_node("Conv", ["x", "c", "b"], ["h"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("Flatten", ["r"], ["f"]),
+            helper.make_node("Gemm", ["f", "g"], ["y"]),
+        ]
+
+        def model(kernel: Array, head: Array) -> onnx.ModelProto:
+            values = [oracle.value("c", kernel), oracle.value("b", normal(8)), oracle.value("g", head)]
+            return oracle.make_model(nodes, [oracle.tensor("x", [2, 4, 6, 6])], [oracle.tensor("y", [2, 10])], values)
+
+        def masked(rows: Array) -> Array:
+            if pattern == "unstructured":
+                return smallest(rows, rows.size // 2)
+            if pattern == "2:4":
+                return keep_n_of_m(rows, 1, 2, 4)
+            blocks = [(slice(top, top + 4), column) for top in range(0, len(rows), 4) for column in range(rows.shape[1])]
+            result = rows.copy()
+            strength = [np.sqrt(np.mean(rows[block].astype(np.float64) ** 2)) for block in blocks]
+            for at in np.argsort(np.float32(strength), kind="stable")[: len(blocks) // 2]:
+                result[blocks[at]] = 0
+            return result
+
+        expected = model(masked(kernel.reshape(8, 36)).reshape(kernel.shape), masked(head.T).T)
+        _, _, result = run(Sparsify(pattern=pattern), model(kernel, head))
+        sessions = oracle.session(expected), oracle.session(result)
+        feeds = oracle.random_feeds(sessions[0])
+        assert all(map(oracle.same_bits, *(oracle.run(running, feeds) for running in sessions)))
+
+
+class TestSites:
+    def test_a_tied_weight_is_changed_once_for_all(self) -> None:
+        weight = normal(8, 8)
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        found, report, _ = run(Sparsify(), model)
+        np.testing.assert_array_equal(found["w"], smallest(weight, 32))
+        assert [change.site for change in report.changes] == ["w"]
+
+    def test_tied_uses_that_disagree_allow_only_what_has_no_direction(self) -> None:
+        weight = normal(8, 8)
+        nodes = [helper.make_node("Gemm", ["x", "w"], ["h"]), helper.make_node("Gemm", ["h", "w"], ["y"], transB=1)]
+        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        found, _, _ = run(Sparsify(), model)
+        np.testing.assert_array_equal(found["w"], smallest(weight, 32))
+        for pattern in ("2:4", "2x2"):
+            found, report, _ = run(Sparsify(pattern=pattern), model)
+            np.testing.assert_array_equal(found["w"], weight)
+            assert report.skips[0].reason == f"its uses disagree on what the reduction axis is, so {pattern} has no meaning"
+
+    def test_what_is_left_alone_says_why(self) -> None:
+        spoilt = normal(4, 4, seed=5)
+        spoilt[1, 2] = np.nan
+        values = {
+            "table": normal(10, 4),
+            "w": normal(4, 4),
+            "bias": normal(4),
+            "shown": normal(4, 4, seed=1),
+            "spoilt": spoilt,
+            "idle": normal(3, 3),
+            "shape": np.array([1, 4]),
+        }
+        nodes = [
+            helper.make_node("Gather", ["table", "ids"], ["e"]),
+            helper.make_node("Gemm", ["e", "w", "bias"], ["a"]),
+            helper.make_node("MatMul", ["a", "shown"], ["b"]),
+            helper.make_node("MatMul", ["b", "spoilt"], ["c"]),
+            helper.make_node("Reshape", ["c", "shape"], ["y"]),
+        ]
+        outputs = [oracle.tensor("y", [1, 4]), oracle.tensor("shown", [4, 4])]
+        model = oracle.make_model(
+            nodes,
+            [oracle.tensor("ids", [1], TensorProto.INT64)],
+            outputs,
+            [oracle.value(name, array) for name, array in values.items()],
+        )
+        found, report, _ = run(Sparsify(), model)
+        assert {skip.site: skip.reason for skip in report.skips} == {
+            "table": "is only looked up, so zeros save no arithmetic",
+            "bias": "input 2 of Gemm is not a weight operand",
+            "shown": "is a graph output",
+            "spoilt": "holds NaN or infinity",
+            "idle": "is not used",
+            "shape": "holds int64 values, not floating point",
+        }
+        assert [change.site for change in report.changes] == ["w"]
+        for name in report_names(report):
+            np.testing.assert_array_equal(found[name], values[name])
+
+    def test_coded_weights_are_left_alone(self) -> None:
+        graph = load(chain(normal(64, 64)))
+        assert ShareWeights(bits=4).apply(graph, Context()).changes
+        before = to_model(graph).SerializeToString(deterministic=True)
+        report = Sparsify().apply(graph, Context())
+        assert [(skip.site, skip.reason) for skip in report.skips] == [("w0", "is stored as codes; sparsify before sharing")]
+        assert to_model(graph).SerializeToString(deterministic=True) == before
+
+    def test_rules_set_each_layer_by_itself(self) -> None:
+        weights = [normal(8, 8, seed=index) for index in range(3)]
+        rules = [Rule("w*", {"sparsity": 0.25}), Rule("w1", {"pattern": "1:4", "sparsity": None}), Rule("y", skip=True)]
+        found, report, _ = run(Sparsify(sparsity=0.9), chain(*weights), *rules)
+        np.testing.assert_array_equal(found["w0"], smallest(weights[0], 16))
+        np.testing.assert_array_equal(found["w1"], keep_n_of_m(weights[1], 0, 1, 4))
+        np.testing.assert_array_equal(found["w2"], weights[2])  # matched by the node that reads it
+        assert [(skip.site, skip.reason) for skip in report.skips] == [("w2", "left alone by a rule")]
+
+    def test_a_layer_with_options_of_its_own_does_not_compete(self) -> None:
+        weights = [normal(8, 8, seed=index) for index in range(3)]
+        found, _, _ = run(Sparsify(sparsity=0.5, scope="global"), chain(*weights), Rule("w1", {"sparsity": 0.25}))
+        np.testing.assert_array_equal(found["w1"], smallest(weights[1], 16))
+        rest = smallest(np.concatenate([weights[0].ravel(), weights[2].ravel()]), 64)
+        np.testing.assert_array_equal(np.concatenate([found["w0"].ravel(), found["w2"].ravel()]), rest)
+
+
+def report_names(report: Report) -> Sequence[str]:
+    return [skip.site for skip in report.skips]
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"sparsity": 1.5}, "sparsify: sparsity must be a number from 0 to 1, got 1.5"),
+            ({"scope": "model"}, "sparsify: scope must be one of layer, global, got 'model'"),
+            ({"pattern": "2:4", "sparsity": 0.6}, "sparsify: sparsity must be 0.5 or left out for 2:4, got 0.6"),
+            ({"pattern": "1:4", "scope": "global"}, "sparsify: scope must be layer for 1:4, which fixes every group, got 'global'"),
+            ({"pattern": "4:4"}, "pattern: N of N:M must be at least 1 and below M, got 4:4"),
+            ({"pattern": "0x4"}, "pattern: sides of a block must be at least 1, got 0x4"),
+            ({"pattern": "blocks"}, "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got 'blocks'"),
+        ],
+    )
+    def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(OptionError) as caught:
+            Sparsify(**options)
+        assert str(caught.value).startswith(message)
+
+    @pytest.mark.parametrize(
+        ("subject", "share"),
+        [
+            (Sparsify(), 0.5),
+            (Sparsify(sparsity=0.8), 0.8),
+            (Sparsify(pattern="1:4"), 0.75),
+            (Sparsify(pattern="2:4", sparsity=0.5), 0.5),
+            (Sparsify(pattern="2x2"), 0.5),
+        ],
+    )
+    def test_say_the_share_of_zeros(self, subject: Sparsify, share: float) -> None:
+        assert subject.share == share
+
+    def test_weaker_is_three_quarters_down_to_five_percent(self) -> None:
+        shares, subject = [], Sparsify(sparsity=0.5, scope="global")
+        while subject is not None:
+            assert (subject.pattern, subject.scope) == ("unstructured", "global")
+            shares.append(subject.share)
+            subject = subject.weaker()
+        np.testing.assert_allclose(shares, 0.5 * 0.75 ** np.arange(len(shares)))
+        assert shares[-1] >= 0.05 > 0.75 * shares[-1]
+        assert Sparsify(pattern="2:4").weaker() is None

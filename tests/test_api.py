@@ -1,0 +1,375 @@
+"""The front door, used as a library: sources of models and inputs, what is split from what, and what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import onnxshrink
+from onnxshrink.api import bench, compress, expand, inspect, verify
+from onnxshrink.contract import Context, Pass, Report, Step
+from onnxshrink.errors import InputsError, ModelReadError, OutputError, UnsupportedModelError, ValidationError
+from onnxshrink.graph.exporter import to_model
+from onnxshrink.graph.files import load
+from onnxshrink.graph.ir import Graph
+from onnxshrink.passes.share_weights import ShareWeights
+from onnxshrink.passes.sparsify import Sparsify
+from onnxshrink.passes.tidy import Tidy
+from onnxshrink.recipe import default_recipe, parse_recipe
+from onnxshrink.validate import Tolerance
+from tests import oracle
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CLASSES = 12
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return (np.random.default_rng([seed, *shape]).standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def build(hidden: int = 64) -> onnx.ModelProto:
+    """Returns a classifier of two layers; ``echo`` puts out its input, so that outputs say which sample they belong to."""
+    return oracle.make_model(
+        [
+            helper.make_node("Gemm", ["x", "w1", "b1"], ["h"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("Gemm", ["r", "w2"], ["scores"]),
+            helper.make_node("Identity", ["x"], ["echo"]),
+        ],
+        [oracle.tensor("x", ["n", 16])],
+        [oracle.tensor("scores", ["n", CLASSES]), oracle.tensor("echo", ["n", 16])],
+        [
+            oracle.value("w1", normal(16, hidden)),
+            oracle.value("b1", normal(hidden, seed=1)),
+            oracle.value("w2", normal(hidden, CLASSES)),
+        ],
+    )
+
+
+MODEL = build()
+X = np.random.default_rng(4).standard_normal((20, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    target = tmp_path / "model.onnx"
+    onnx.save(MODEL, target)
+    return target
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    """A model whose weights lie in a second file."""
+    target = tmp_path / "big.onnx"
+    onnx.save(build(512), target, save_as_external_data=True, location="big.bin", size_threshold=0)
+    return target
+
+
+def written(model: onnx.ModelProto) -> bytes:
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def run(model: onnx.ModelProto | Path, x: Array = X) -> Array:
+    return oracle.session(model).run(["scores"], {"x": x})[0]
+
+
+class TestSources:
+    def test_a_path_bytes_and_a_message_give_the_same(self, path: Path) -> None:
+        results = [compress(source, [ShareWeights(bits=4)]) for source in (path, str(path), path.read_bytes(), MODEL)]
+        assert len({written(result.to_model()) for result in results}) == 1
+        assert [result.report.model for result in results] == [str(path), str(path), "graph", "graph"]
+
+    def test_a_model_with_external_data(self, external: Path, tmp_path: Path) -> None:
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        result = compress(external, [ShareWeights(bits=4)], calibration={"x": X})
+        assert result.report.bytes_before > 512 * (16 + CLASSES) * 4
+        out = tmp_path / "out" / "small.onnx"
+        out.parent.mkdir()
+        assert result.save(out) == sum(file.stat().st_size for file in out.parent.iterdir())
+        assert abs(result.report.bytes_after - sum(file.stat().st_size for file in out.parent.iterdir())) < 50
+        assert verify(external, out, inputs={"x": X}, tolerance=Tolerance(min_sqnr_db=10)).violation is None
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+    @pytest.mark.parametrize("name", ["big.onnx", "big.bin"])
+    def test_no_file_of_the_input_is_replaced(self, external: Path, name: str) -> None:
+        target = external.parent / name
+        before = target.read_bytes()
+        for result in (compress(external, [ShareWeights()], calibration={"x": X}), expand(external)):
+            with pytest.raises(OutputError, match=f"{name}: the output must not replace a file of the input"):
+                result.save(target)
+        assert target.read_bytes() == before
+
+    def test_what_cannot_be_read_or_run_is_said(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelReadError, match="absent.onnx: cannot be read: No such file or directory"):
+            compress(tmp_path / "absent.onnx")
+        with pytest.raises(ModelReadError, match="bytes: not an ONNX model"):
+            compress(b"\x08\x01")
+        odd = build()
+        odd.graph.node[1].op_type = "Nonsense"
+        with pytest.raises(UnsupportedModelError, match="original model: ONNX Runtime cannot load it: "):
+            compress(odd)
+
+
+class TestSteps:
+    def test_a_list_of_passes_a_list_of_steps_and_a_recipe_are_the_same(self) -> None:
+        recipe = parse_recipe(
+            'format = 1\n[[pass]]\nname = "tidy"\n[[pass]]\nname = "share-weights"\noptions = { bits = 4 }'
+        )
+        results = [
+            compress(MODEL, [Tidy(), ShareWeights(bits=4)]),
+            compress(MODEL, (Step(Tidy()), ShareWeights(bits=4))),
+            compress(MODEL, recipe),
+        ]
+        assert len({written(result.to_model()) for result in results}) == 1
+
+    def test_nothing_asked_is_the_default_recipe(self) -> None:
+        result = compress(MODEL, calibration={"x": X})
+        assert [step.name for step in result.report.passes] == [step.run.name for step in default_recipe().steps]
+        assert result.report.tolerance == Tolerance(min_sqnr_db=30)
+        assert result.report.ratio > 2
+        assert written(result.to_model()) == written(compress(MODEL, default_recipe(), calibration={"x": X}).to_model())
+
+    def test_no_pass_at_all_gives_the_model_back(self) -> None:
+        result = compress(MODEL, [])
+        assert written(result.to_model()) == written(to_model(load(MODEL)))
+        assert (result.report.ratio, result.report.passes, result.report.target_reached) == (1, [], True)
+        assert all(output.sqnr_db == 300 for output in result.report.outputs)
+
+    def test_a_limit_given_here_replaces_that_of_the_recipe(self) -> None:
+        recipe = parse_recipe("format = 1\n[tolerance]\nmin-sqnr = 30\nmin-agreement = 0.5")
+        assert compress(MODEL, recipe).report.tolerance == Tolerance(30, None, 0.5)
+        assert compress(MODEL, recipe, tolerance=Tolerance(max_drift=0.1)).report.tolerance == Tolerance(None, 0.1, None)
+
+
+class TestSamples:
+    def test_that_judge_are_not_those_that_passes_see(self) -> None:
+        seen: dict[str, list[Array]] = {"given": [], "judged": []}
+
+        @dataclass(frozen=True, kw_only=True)
+        class Looks(Pass):
+            """Looks at its calibration data."""
+
+            name: ClassVar[str] = "looks"
+
+            def apply(self, graph: Graph, context: Context) -> Report:
+                assert context.activations is not None
+                assert context.activations.count == 15
+                seen["given"] += [values["x"] for values in context.activations.samples(graph, ["x"])]
+                return Report()
+
+        def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
+            seen["judged"] = [outputs["echo"] for outputs in original]
+            return 0.0
+
+        report = compress(MODEL, [Looks()], calibration={"x": X}, metrics={"judge": judge}).report
+        given, judged = ({sample.tobytes() for sample in seen[part]} for part in ("given", "judged"))
+        assert (len(given), len(judged)) == (15, 5)
+        assert not given & judged
+        assert given | judged == {row[None].tobytes() for row in X}
+        assert (report.calibration_samples, report.validation_samples, report.synthetic) == (15, 5, False)
+
+    def test_of_one_sample_it_judges(self) -> None:
+        asked = []
+
+        @dataclass(frozen=True, kw_only=True)
+        class Asks(Pass):
+            """Asks for calibration data."""
+
+            name: ClassVar[str] = "asks"
+
+            def apply(self, graph: Graph, context: Context) -> Report:
+                asked.append(context.activations)
+                return Report()
+
+        report = compress(MODEL, [Asks()], calibration={"x": X[:1]}).report
+        assert asked == [None]
+        assert (report.calibration_samples, report.validation_samples) == (0, 1)
+        assert "only 1 input was given: it judges the result, and passes worked without calibration data" in report.notes
+
+    def test_made_up_ones_are_said_to_prove_less(self) -> None:
+        report = compress(MODEL, [Tidy()], seed=5).report
+        assert (report.synthetic, report.inputs, report.seed) == (True, "synthetic inputs (seed 5)", 5)
+        assert (report.calibration_samples, report.validation_samples) == (0, 8)
+        assert report.notes[0].startswith("inputs are synthetic: they show that the result runs, and little of its quality")
+
+    def test_of_every_form_are_taken(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "x.npz", x=X)
+        folder = tmp_path / "many"
+        folder.mkdir()
+        for index, row in enumerate(X):
+            np.savez(folder / f"{index:03}.npz", x=row[None])
+        sources: list[Any] = [{"x": X}, [{"x": row[None]} for row in X], tmp_path / "x.npz", str(tmp_path / "x.npz"), folder]
+        reports = [compress(MODEL, [Sparsify()], calibration=source).report for source in sources]
+        assert all(report.validation_samples == 5 for report in reports)
+        assert len({report.outputs for report in reports}) == 1
+
+    def test_that_do_not_fit_are_refused(self) -> None:
+        with pytest.raises(InputsError, match="'z' is no input of the model"):
+            compress(MODEL, calibration={"z": X})
+
+
+class TestReport:
+    def test_is_about_the_files(self, path: Path, tmp_path: Path) -> None:
+        result = compress(path, [ShareWeights(bits=3)], calibration={"x": X}, tolerance=Tolerance(min_sqnr_db=5))
+        out = tmp_path / "small.onnx"
+        assert result.save(out) == out.stat().st_size == result.report.bytes_after
+        assert result.report.bytes_before == path.stat().st_size
+        judged = X[::4]  # a quarter, interleaved
+        before, after = run(path, judged).astype(np.float64), run(out, judged).astype(np.float64)
+        drift = np.linalg.norm(after - before) / np.linalg.norm(before)
+        (scores,) = [output for output in result.report.outputs if output.name == "scores"]
+        assert scores.drift == pytest.approx(drift, rel=1e-4)
+        assert scores.sqnr_db == pytest.approx(-20 * np.log10(drift), abs=1e-3)
+        assert scores.agreement == np.mean(before.argmax(1) == after.argmax(1))
+
+    def test_says_with_what_it_was_made(self) -> None:
+        report = compress(MODEL, []).report
+        assert report.versions["onnxshrink"] == onnxshrink.__version__
+        assert report.versions["onnx"] == onnx.__version__
+        assert "no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity" in report.notes
+        json.loads(report.to_json())
+
+    def test_holds_a_model_that_fails_the_checker_to_what_it_passes(self) -> None:
+        odd = build()
+        odd.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 13  # says 13 classes and gives 12
+        result = compress(odd, [ShareWeights(bits=6)], calibration={"x": X})
+        assert result.report.passes[0].outcome == "kept"
+        (note,) = [note for note in result.report.notes if "checker" in note]
+        assert note.startswith("the original itself does not pass the ONNX checker, so the result is held to less: ")
+
+    def test_of_a_model_that_does_not_repeat_itself_says_so(self) -> None:
+        noisy = oracle.make_model(
+            [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])],
+            [oracle.tensor("x", [1, 4])],
+            [oracle.tensor("y", [1, 4])],
+        )
+        notes = compress(noisy, []).report.notes
+        assert "the original does not reproduce its own outputs on the same inputs; small differences mean nothing" in notes
+
+
+class TestMetrics:
+    def test_of_the_user_are_reported(self) -> None:
+        def worst(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
+            return max(float(np.abs(a["scores"] - b["scores"]).max()) for a, b in zip(original, candidate, strict=True))
+
+        result = compress(MODEL, [ShareWeights(bits=4)], calibration={"x": X}, metrics={"worst": worst})
+        (scores,) = [output for output in result.report.outputs if output.name == "scores"]
+        assert result.report.metrics == {"worst": pytest.approx(scores.max_abs)}
+        found = verify(MODEL, result.to_model(), inputs={"x": X}, metrics={"worst": worst})
+        assert found.comparison.metrics["worst"] == pytest.approx(float(np.abs(run(MODEL) - run(result.to_model())).max()))
+
+    def test_that_fail_are_named(self) -> None:
+        with pytest.raises(ValidationError, match="metric 'bad': it raised ZeroDivisionError"):
+            compress(MODEL, [], metrics={"bad": lambda original, candidate: 1 / 0})
+
+    def test_labels_give_the_accuracy_of_both(self) -> None:
+        scores = run(MODEL)
+        labels = scores.argmax(1)
+        labels[:5] = scores[:5].argmin(1)
+        found = verify(MODEL, MODEL, inputs={"x": X, "labels": labels}).comparison.accuracy
+        assert found is not None
+        assert (found.output, found.labels, found.top1_original, found.top1_candidate) == ("scores", 20, 0.75, 0.75)
+
+
+class TestVerify:
+    def test_a_model_equals_itself(self) -> None:
+        found = verify(MODEL, MODEL, inputs={"x": X}, tolerance=Tolerance(min_sqnr_db=300, max_drift=0, min_agreement=1))
+        assert found.violation is None
+        assert found.bytes_before == found.bytes_after == MODEL.ByteSize()
+        assert (found.synthetic, found.comparison.samples) == (False, 20)
+
+    def test_a_broken_limit_is_a_violation(self) -> None:
+        small = compress(MODEL, [ShareWeights(bits=2)]).to_model()
+        found = verify(MODEL, small, tolerance=Tolerance(min_sqnr_db=60))
+        assert found.violation is not None
+        assert found.violation.startswith("output 'scores': SQNR must be at least 60 dB, got ")
+        assert (found.synthetic, found.bytes_after) == (True, small.ByteSize())
+
+    def test_a_candidate_that_cannot_be_compared_is_a_violation(self) -> None:
+        other, broken = build(), build()
+        other.graph.output[0].name = other.graph.node[2].output[0] = "points"
+        broken.graph.node[1].op_type = "Nonsense"
+        assert verify(MODEL, other).violation == "output 'scores': it is missing (sample 0)"
+        found = verify(MODEL, broken)
+        assert found.violation is not None
+        assert found.violation.startswith("candidate model: ONNX Runtime cannot load it: ")
+        assert found.comparison.outputs == ()
+
+    def test_is_plain_for_machines(self) -> None:
+        found = verify(MODEL, MODEL).to_dict()
+        assert {"outputs", "failure", "samples", "violation", "inputs", "synthetic", "bytes_before", "bytes_after"} <= found.keys()
+        assert json.loads(json.dumps(found, allow_nan=False))["outputs"][0]["name"] == "scores"
+
+
+class TestExpand:
+    @pytest.mark.parametrize("subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)])
+    def test_undoes_the_codes_and_not_the_rounding(self, subject: ShareWeights) -> None:
+        small = compress(MODEL, [subject]).to_model()
+        result = expand(small)
+        assert sorted(result.sites) == ["w1", "w2"]
+        dense = to_model(result.graph)
+        onnx.checker.check_model(dense, full_check=True)
+        assert [node.op_type for node in dense.graph.node] == [node.op_type for node in MODEL.graph.node]
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in dense.graph.initializer}
+        assert shapes == {tensor.name: tuple(tensor.dims) for tensor in MODEL.graph.initializer}
+        assert run(dense).tobytes() == run(small).tobytes()
+        assert (result.bytes_before, result.bytes_after) == (small.ByteSize(), dense.ByteSize())
+        assert result.to_dict() == {"sites": list(result.sites), "bytes_before": small.ByteSize(), "bytes_after": dense.ByteSize()}
+
+    def test_of_exact_codes_is_the_original(self) -> None:
+        model = build()
+        for tensor in model.graph.initializer:
+            values = np.resize(normal(9), tuple(tensor.dims))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        small = compress(model, [ShareWeights()]).to_model()
+        assert small.ByteSize() < model.ByteSize()
+        dense = {tensor.name: tensor.raw_data for tensor in to_model(expand(small).graph).graph.initializer}
+        assert dense == {tensor.name: tensor.raw_data for tensor in model.graph.initializer}
+
+    def test_of_a_plain_model_changes_nothing(self, tmp_path: Path) -> None:
+        result = expand(MODEL)
+        assert (result.sites, result.bytes_before, result.bytes_after) == ((), MODEL.ByteSize(), MODEL.ByteSize())
+        assert result.save(tmp_path / "out.onnx") == MODEL.ByteSize()
+        assert written(onnx.load(tmp_path / "out.onnx")) == written(MODEL)
+
+
+class TestBench:
+    def test_measures_both(self) -> None:
+        found = bench(MODEL, compress(MODEL, [ShareWeights()]).to_model(), inputs={"x": X}, seconds=0.01)
+        assert found.runs >= 3
+        assert found.threads == 1
+        spreads = [found.a_ms, found.b_ms, found.ratio]
+        assert all(0 < spread.low <= spread.median <= spread.high for spread in spreads)
+        json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+    def test_refuses_what_does_not_fit(self) -> None:
+        with pytest.raises(InputsError):
+            bench(MODEL, MODEL, inputs={"x": X[:, :3]}, seconds=0.01)
+
+
+def test_inspect_takes_every_source(path: Path, external: Path) -> None:
+    assert inspect(path).weights == inspect(MODEL).weights == inspect(path.read_bytes()).weights
+    assert (inspect(path).model, inspect(MODEL).model) == (str(path), "graph")
+    assert [info.shape for info in inspect(external).weights] == [(16, 512), (512, CLASSES), (512,)]
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    result = compress(external, [ShareWeights()], calibration={"x": X})
+    inspect(external)
+    expand(external)
+    verify(external, external)
+    result.save(tmp_path / "out.onnx")
+    del result
+    assert list(place.iterdir()) == []
