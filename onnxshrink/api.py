@@ -24,11 +24,12 @@ import onnx
 from onnxshrink import __version__
 from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Pass, Step
+from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.check import strictest_level
 from onnxshrink.graph.coded import expand_coded
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
-from onnxshrink.graph.files import ModelSource, load, materialised, save, source_paths
+from onnxshrink.graph.files import ModelSource, load, materialised, model_bytes, save, source_paths
 from onnxshrink.graph.ir import Graph
 from onnxshrink.inputs import InputSource, Samples, read_inputs
 from onnxshrink.inspection import Inspection, inspect_graph
@@ -139,6 +140,7 @@ def compress(
             any, seeded synthetic inputs are made, and the report says that they prove less.
         tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
         metrics: your own measures by name, f(outputs of the original, outputs of the result) -> float; reported, not limited.
+            Each argument is a sequence of one dict per sample, from output names to arrays.
         seed: of all randomness: same input, seed and version give the same bytes.
         progress: called with what is being done, the part done and the total (0 when unknown).
 
@@ -147,6 +149,8 @@ def compress(
         InputsError: the calibration inputs do not fit the model.
         OptionError: an option or a limit is out of range, or a limit has no meaning for this model.
     """
+    if seed < 0:
+        raise OptionError(must("compress", "seed", "at least 0", seed))
     recipe = _as_recipe(passes)
     limits = tolerance if tolerance is not None else recipe.tolerance
     report_progress = progress or _silent
@@ -265,6 +269,8 @@ def _as_recipe(passes: Recipe | Sequence[Pass | Step] | None) -> Recipe:
         return default_recipe()
     if isinstance(passes, Recipe):
         return passes
+    if not all(isinstance(item, Pass | Step) for item in passes):
+        raise OptionError(must("compress", "passes", "a list of passes such as [Tidy(), ShareWeights(bits=6)]", repr(passes)))
     return Recipe(tuple(item if isinstance(item, Step) else Step(item) for item in passes))
 
 
@@ -294,6 +300,9 @@ def _notes(
         notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")
     if complaint is not None:
         notes.append(f"the original itself does not pass the ONNX checker, so the result is held to less: {complaint}")
+    blank = [output.name for output in itself.outputs if output.blank]
+    if blank:
+        notes.append(f"empty or all zero on every sample, so that no limit can bind on it: {', '.join(blank)}")
     if any(output.max_abs > 0 for output in itself.outputs):
         notes.append("the original does not reproduce its own outputs on the same inputs; small differences mean nothing")
     return notes
@@ -314,8 +323,8 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def _nbytes(graph: Graph) -> int:
-    with materialised(graph) as (_, nbytes):
-        return nbytes
+    """Returns the bytes of the model; of one with external data without writing it."""
+    return model_bytes(graph) if source_paths(graph) else to_model(graph).ByteSize()
 
 
 def _workers() -> int:

@@ -33,13 +33,13 @@ class SiteError:
 
 def only(step: Step, site: str) -> Step:
     """Returns the step restricted to one site."""
-    return Step(step.run, [*step.rules, Rule("*", skip=True), Rule(glob.escape(site))])
+    return Step(step.run, [*step.rules, Rule("*", skip=True), Rule(glob.escape(site), skip=False)])
 
 
 def without(step: Step, sites: Sequence[str]) -> Step:
     """Returns the step with some sites spared: treated as gently as the pass can, or left alone."""
     options = step.run.spared()
-    rules = (Rule(glob.escape(site), options or {}, skip=options is None) for site in sites)
+    rules = (Rule(glob.escape(site), options or {}, skip=True if options is None else None) for site in sites)
     return Step(step.run, [*step.rules, *rules])
 
 

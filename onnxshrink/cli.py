@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from onnxshrink.errors import OptionError, ShrinkError, must
+from onnxshrink.errors import OptionError, OutputError, ShrinkError, must
 
 if TYPE_CHECKING:
     from onnxshrink.recipe import Recipe
@@ -69,7 +69,7 @@ def _keep_stdout() -> None:
         os.dup2(2, 1)
     except OSError:  # one of the two is closed
         return
-    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors="replace")
 
 
 def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -84,9 +84,9 @@ def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
         except ShrinkError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", _INTERRUPTED)
+            _fail("interrupted", _INTERRUPTED)
         except MemoryError:
-            _fail("out of memory; nothing was written", 1)
+            _fail("out of memory", 1)
         except Exception as error:  # the last resort: a person gets a line, and a way to get more
             if os.environ.get(_TRACEBACK_VARIABLE):
                 traceback.print_exc()
@@ -129,12 +129,13 @@ def compress(
     chosen, limits = _plan(recipe, passes or [], min_sqnr, max_drift, min_agreement)
     with _progress(as_json) as progress:
         result = api.compress(model, chosen, calibration=calib, tolerance=limits, seed=seed, progress=progress)
-        result.save(output)
+        written = result.save(output)
     if report is not None:
         text = result.report.to_json() + "\n" if report.suffix == ".json" else result.report.to_markdown()
         with atomic_file(report) as file:
             file.write(text.encode())
-    _show(as_json, {"output": str(output), **result.report.to_dict()}, lambda: tables.compression(result.report))
+    plain = {"output": str(output), **result.report.to_dict()}
+    _show(as_json, plain, lambda: tables.compression(result.report, _places(output, written)))
     if not result.report.target_reached:
         raise typer.Exit(_TARGET_MISSED)
 
@@ -184,8 +185,8 @@ def expand(model: ModelPath, output: OutPath, as_json: AsJson = False) -> None:
 
     check_output(output, inputs=[model])
     result = api.expand(model)
-    result.save(output)
-    _show(as_json, {"output": str(output), **result.to_dict()}, lambda: tables.expansion(result))
+    written = result.save(output)
+    _show(as_json, {"output": str(output), **result.to_dict()}, lambda: tables.expansion(result, _places(output, written)))
 
 
 @app.command()
@@ -259,6 +260,11 @@ def _check_report_path(path: Path, inputs: list[Path]) -> None:
     check_output(path, inputs)
 
 
+def _places(output: Path, written: int) -> str:
+    """Returns the files that were written, for people: the model, and its data if not all of it is in there."""
+    return str(output) if output.stat().st_size == written else f"{output} and {output}.data"
+
+
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Gives a callback that draws a bar on stderr while it is a terminal, and does nothing elsewhere."""
@@ -279,13 +285,15 @@ def _show(as_json: bool, plain: dict[str, Any], table: Callable[[], Any]) -> Non
         with (console := Console()).capture() as capture:
             console.print(table())
         text = capture.get()
+    if sys.stdout is None:  # it was closed
+        return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        raise OutputError(f"standard output: cannot be written: {error.strerror}") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again when it ends
+        if not isinstance(error, BrokenPipeError):  # the reader left, as head does
+            raise OutputError(f"standard output: cannot be written: {error.strerror}") from error
 
 
 def _fail(message: str, code: int) -> None:

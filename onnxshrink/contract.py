@@ -89,12 +89,12 @@ class Rule:
     Attributes:
         match: shell-style pattern, case-sensitive, e.g. ``*/layer4/*``.
         options: constructor arguments of the pass that differ for these sites.
-        skip: leave these sites alone.
+        skip: True leaves these sites alone, False takes them up again after an earlier rule; None leaves that as it was.
     """
 
     match: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    skip: bool = False
+    skip: bool | None = None
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether any of the names fits the pattern."""
@@ -133,9 +133,9 @@ class Context:
         for rule in self.rules:
             if rule.matches(names):
                 self._met.add(rule.match)
-                skip = rule.skip
+                skip = skip if rule.skip is None else rule.skip
                 chosen.update(rule.options)
-        return None if skip else dataclasses.replace(default, **chosen)
+        return None if skip else default.with_options(chosen)
 
     def rng(self, site: str) -> np.random.Generator:
         """Returns a generator that depends on the seed and the site alone, not on the order of work."""
@@ -162,6 +162,15 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place and reports every candidate site."""
+
+    @property
+    def sites_are_independent(self) -> bool:
+        """Whether rules can switch single sites off without changing what becomes of the others."""
+        return True
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Returns the pass with some options changed, as a rule asks for."""
+        return dataclasses.replace(self, **options)
 
     def weaker(self) -> Self | None:
         """Returns a gentler variant to try when the result is past the tolerance, or None."""

@@ -33,6 +33,7 @@ class OutputMetrics:
         agreement: share of equal decisions, 0 to 1, or None where the output decides nothing.
         exact: whether values are ids, flags or text, which are right or wrong and never near. Flags and text count as 1
             where they are equal and 0 where not, against 1.
+        blank: whether the original's output was empty or zero on every sample, so that comparing with it shows little.
     """
 
     name: str
@@ -42,6 +43,7 @@ class OutputMetrics:
     max_abs: float
     agreement: float | None
     exact: bool = False
+    blank: bool = False
 
 
 class Tally:
@@ -84,6 +86,7 @@ class Tally:
             max_abs=min(self.largest, sys.float_info.max),
             agreement=self.equal / self.decisions if self.decisions else None,
             exact=self.exact,
+            blank=not self.original and not self.exact,
         )
 
     def _decide(self, same: Array) -> None:

@@ -123,7 +123,7 @@ def _run_step(good: Candidate, step: Step, settings: Settings, prefix: str) -> t
             return attempt.candidate, _report(step.run, current, outcome, failures, good, attempt, start)
         failures.append(attempt.failure)
         current = current.weaker() if attempt.too_far else None
-    if attempt.too_far and len(attempt.report.changes) > 1:
+    if attempt.too_far and len(attempt.report.changes) > 1 and weakest.run.sites_are_independent:
         spared = _spare_sites(good, weakest, attempt.report, settings, prefix)
         if spared is not None:
             report = _report(step.run, weakest.run, "weakened", failures, good, spared, start)
@@ -143,7 +143,10 @@ def _spare_sites(good: Candidate, step: Step, report: Report, settings: Settings
         graph = _rewrite(good, only(step, site), settings)[0]
         if graph is None:
             return None
-        comparison = compare(reference, graph)
+        try:
+            comparison = compare(reference, graph)
+        except ShrinkError:  # a site that does not even run by itself is the worst of all
+            return None
         worst = comparison.worst("drift")
         return worst.drift if worst is not None and comparison.failure is None else None
 

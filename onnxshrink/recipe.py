@@ -131,7 +131,7 @@ def _rule(owner: str, default: Pass, entry: Any) -> Rule:
         dataclasses.replace(default, **options)  # range checks now, not in the middle of a run
     except OptionError as error:
         raise RecipeError(f"{owner}: {error}") from error
-    return Rule(entry["match"], options, entry.get("skip", False))
+    return Rule(entry["match"], options, entry.get("skip"))
 
 
 def _tolerance(owner: str, entry: Mapping[str, Any]) -> Tolerance:

@@ -13,7 +13,17 @@ from onnxshrink.contract import Change, Skip
 from onnxshrink.metrics import OutputMetrics
 from onnxshrink.validate import Accuracy, Tolerance
 
-__all__ = ["CompressionReport", "Outcome", "PassReport", "format_bytes", "skip_counts", "without_numbers"]
+__all__ = [
+    "CompressionReport",
+    "Outcome",
+    "PassReport",
+    "format_bytes",
+    "format_option",
+    "format_share",
+    "output_row",
+    "skip_counts",
+    "without_numbers",
+]
 
 Outcome = Literal["kept", "weakened", "unchanged", "dropped"]
 
@@ -118,12 +128,12 @@ class CompressionReport:
             "",
             *_table(
                 ["output", "SQNR dB", "cosine", "max abs error", "agreement"],
-                [[o.name, f"{o.sqnr_db:.1f}", f"{o.cosine:.6f}", f"{o.max_abs:.3g}", _percent(o.agreement)] for o in self.outputs],
+                [output_row(output) for output in self.outputs],
             ),
             *(f"- {note}" for note in self.notes),
         ]
         for step in self.passes:
-            options = ", ".join(f"{key}={value}" for key, value in step.options.items())
+            options = ", ".join(f"{key}={format_option(value)}" for key, value in step.options.items())
             lines += ["", f"## {step.name} ({options}): {step.outcome}", ""]
             lines += [step.reason, ""] if step.reason else []
             lines += [f"{format_bytes(step.bytes_before)} → {format_bytes(step.bytes_after)} in {step.seconds:.1f} s", ""]
@@ -173,8 +183,30 @@ def without_numbers(reason: str) -> str:
     return re.sub(r"\d[\d.,]*(?<![.,])", "…", reason)
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+def format_share(share: float) -> str:
+    """Returns a share as a percentage that says 100 % only of all.
+
+    >>> format_share(0.975), format_share(0.9996), format_share(1.0)
+    ('97.5%', '>99.9%', '100.0%')
+    """
+    text = f"{share:.1%}"
+    return ">99.9%" if text == "100.0%" and share < 1 else text
+
+
+def format_option(value: object) -> str:
+    """Returns an option's value; of a number that a search found, the digits that matter.
+
+    >>> format_option(0.12013549804687501), format_option("2:4")
+    ('0.1201', '2:4')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def output_row(output: OutputMetrics) -> list[str]:
+    """Returns an output's name, SQNR, cosine, largest error and agreement for people; equal outputs have no SQNR."""
+    sqnr = "equal" if output.max_abs == 0 and output.drift == 0 else f"{output.sqnr_db:.1f}"
+    agreement = "–" if output.agreement is None else format_share(output.agreement)
+    return [output.name, sqnr, f"{output.cosine:.6f}", f"{output.max_abs:.3g}", agreement]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -10,7 +10,16 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from onnxshrink.report import CompressionReport, PassReport, format_bytes, skip_counts, without_numbers
+from onnxshrink.report import (
+    CompressionReport,
+    PassReport,
+    format_bytes,
+    format_option,
+    format_share,
+    output_row,
+    skip_counts,
+    without_numbers,
+)
 from onnxshrink.validate import Tolerance
 
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ _MOST_WEIGHTS = 40
 _LONGEST_SITE = 30  # the end of a long name tells more than its beginning
 
 
-def compression(report: CompressionReport) -> RenderableType:
+def compression(report: CompressionReport, places: str = "") -> RenderableType:
     """Returns what was done, pass by pass, how the outputs compare, and what to know besides."""
     steps = _table("pass", "outcome", "changed", "left", ">size", ">seconds")
     for step in report.passes:
@@ -40,6 +49,7 @@ def compression(report: CompressionReport) -> RenderableType:
             escape(_title(step)), outcome, str(len(step.changes)), str(len(step.skips)), sizes, f"{step.seconds:.1f}"
         )
     size = f"\n[bold]{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)}[/] ({report.ratio:.2f}x smaller)"
+    size += f", written to {escape(places)}" if places else ""
     return Group(
         steps,
         *(f"[yellow]{escape(step.name)}: {escape(step.reason)}[/]" for step in report.passes if step.reason),
@@ -58,11 +68,8 @@ def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, toleran
     head = f"\nOutputs against the original's, {samples} sample{'s' * (samples != 1)} of {PurePath(source).name}, {limits}:"
     table = _table("output", ">SQNR dB", ">cosine", ">max abs error", ">agreement")
     for output in metrics:
-        agreement = "–" if output.agreement is None else f"{output.agreement:.1%}"
-        table.add_row(
-            escape(output.name), f"{output.sqnr_db:.1f}", f"{output.cosine:.6f}", f"{output.max_abs:.3g}", agreement
-        )
-    return Group(escape(head), table)
+        table.add_row(*map(escape, output_row(output)))
+    return Group(escape(head), table) if metrics else escape(head.rstrip(":"))
 
 
 def inspection(found: Inspection) -> RenderableType:
@@ -113,15 +120,17 @@ def accuracy(found: Accuracy | None) -> list[RenderableType]:
     """Returns a line about labels that were hit, if there were labels."""
     if found is None:
         return []
-    top1 = f"top-1 {found.top1_original:.1%} → [bold]{found.top1_candidate:.1%}[/]"
-    return [f"{escape(found.output)}, {found.labels} labels: {top1}, top-5 {found.top5_original:.1%} → {found.top5_candidate:.1%}"]
+    top1 = f"top-1 {format_share(found.top1_original)} → [bold]{format_share(found.top1_candidate)}[/]"
+    top5 = f"top-5 {format_share(found.top5_original)} → {format_share(found.top5_candidate)}"
+    return [f"{escape(found.output)}, {found.labels} labels: {top1}, {top5}"]
 
 
-def expansion(found: Expanded) -> RenderableType:
+def expansion(found: Expanded, places: str) -> RenderableType:
     """Returns how many weights were expanded."""
     sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
     count = len(found.sites)
-    return f"{count} coded weight{'s' * (count != 1)} expanded, {sizes}" if count else "no coded weights: the model is as it was"
+    what = f"{count} coded weight{'s' * (count != 1)} expanded, {sizes}" if count else "no coded weights: the model is as it was"
+    return f"{what}, written to {escape(places)}"
 
 
 def latency(report: LatencyReport, a: str, b: str) -> RenderableType:
@@ -147,7 +156,7 @@ def passes(described: Sequence[PassInfo]) -> RenderableType:
 
 def _title(step: PassReport) -> str:
     """Returns the pass as one would write it after --pass: its name and what differs from the defaults."""
-    changed = [f"{key.replace('_', '-')}={value}" for key, value in step.options.items() if key in step.chosen]
+    changed = [f"{key.replace('_', '-')}={format_option(value)}" for key, value in step.options.items() if key in step.chosen]
     return f"{step.name}:{','.join(changed)}" if changed else step.name
 
 

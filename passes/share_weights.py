@@ -26,7 +26,7 @@ import numpy as np
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.codebook import (
-    MAX_FOLDED_ELEMENTS,
+    MAX_FOLDED_BYTES,
     Codebook,
     UniformGrid,
     coded_weight,
@@ -119,8 +119,8 @@ def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip
     opset, first = weight.scope.graph.opset, first_opset(weight.scope.graph)
     if opset < first:
         return Skip(weight.site, f"opset {opset} is below {first}, the first that can decode it")
-    if constant.size > MAX_FOLDED_ELEMENTS:
-        return Skip(weight.site, f"{constant.size} elements: ONNX Runtime folds at most {MAX_FOLDED_ELEMENTS} at session start")
+    if constant.size * max(constant.dtype.itemsize, 4) > MAX_FOLDED_BYTES:
+        return Skip(weight.site, f"{constant.size} elements: ONNX Runtime folds at most {MAX_FOLDED_BYTES} bytes at session start")
     values = constant.values
     most = 2 ** min(chosen.bits, _MOST_BITS)
     distinct = distinct_values(values, most)

@@ -15,7 +15,7 @@ Zeros do not make the file smaller by themselves: the bytes stay as they are unt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -61,6 +61,17 @@ class Sparsify(Pass):
         if pattern.kind == "n:m":
             return 1 - pattern.n / pattern.m
         return _DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    @property
+    def sites_are_independent(self) -> bool:
+        """Whether layers do not compete with each other."""
+        return self.scope == "layer"
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Returns the pass with some options changed; an N:M pattern has its own sparsity, not the one it replaces."""
+        pattern = Pattern.parse(options.get("pattern", "unstructured"))
+        own: dict[str, Any] = {"sparsity": None} if pattern.kind == "n:m" else {}
+        return replace(self, **{**own, **options})
 
     def weaker(self) -> Self | None:
         """Returns the pass with 3/4 of the sparsity; N:M patterns have no gentler form."""

@@ -37,6 +37,7 @@ from onnxshrink.options import option
 __all__ = ["Tidy"]
 
 _NOTE_FIELDS = ("doc_string", "metadata_props")
+_FIRST_IR_WITH_OVERRIDES = 4  # before, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
 _MANY_NOTES_BYTES = 10_000  # from here on people want to know
 
 
@@ -53,8 +54,14 @@ class Tidy(Pass):
         """Returns the pass without the one rewrite that moves the outputs at all, by float rounding."""
         return replace(self, fold_batch_norm=False) if self.fold_batch_norm else None
 
+    @property
+    def sites_are_independent(self) -> bool:
+        """Tidying one place depends on others; no rule restricts it."""
+        return False
+
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place; see the module for what is done, in that order."""
+        listed = [tensor.name for tensor in graph.inputs if isinstance(tensor, Constant)]
         answers: list[Change | Skip] = [*_remove_unused(graph)]
         for scope in list(graph.scopes()):
             answers += _remove_identities(scope, graph)
@@ -67,10 +74,13 @@ class Tidy(Pass):
         notes_bytes = sum(_notes_bytes(node) for scope in graph.scopes() for node in scope.graph.nodes)
         if self.strip_notes and notes_bytes:
             changes += _strip_notes(graph)
-        worth_telling = notes_bytes > _MANY_NOTES_BYTES and not self.strip_notes
-        hint = f"exporter's notes on nodes take {notes_bytes} bytes; tidy:strip-notes=true drops them"
+        notes = []
+        if notes_bytes > _MANY_NOTES_BYTES and not self.strip_notes:
+            notes.append(f"exporter's notes on nodes take {notes_bytes} bytes; tidy:strip-notes=true drops them")
+        left = {tensor.name for tensor in graph.inputs}
+        notes += [f"'{name}' is no longer a graph input that callers can override" for name in listed if name not in left]
         skips = [answer for answer in answers if isinstance(answer, Skip)]
-        return Report(_by_site(changes), skips, notes=[hint] if worth_telling else [])
+        return Report(_by_site(changes), skips, notes)
 
 
 def _remove_unused(graph: Graph) -> Iterator[Change]:
@@ -123,6 +133,8 @@ def _fold_batch_norms(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
     names, outputs = NameSource(graph), output_ids(graph)
     for node in [node for node in scope.graph.nodes if node.op == "BatchNormalization" and node.is_standard]:
         site, obstacle = scope.address(node.site), obstacle_to_folding(node, outputs)
+        if obstacle is None and graph.ir_version >= _FIRST_IR_WITH_OVERRIDES and _has_listed_parameters(node, scope.graph):
+            obstacle = "callers can override its parameters, which are listed as graph inputs"
         if obstacle is not None:
             yield Skip(site, f"BatchNormalization stays: {obstacle}")
             continue
@@ -175,6 +187,10 @@ def _by_site(changes: Iterable[Change]) -> list[Change]:
             change = Change(change.site, before, after, f"{first.detail}; {change.detail}")
         merged[change.site] = change
     return list(merged.values())
+
+
+def _has_listed_parameters(norm: Node, scope: Graph) -> bool:
+    return any(tensor in scope.inputs for tensor in [*norm.inputs[1:], *norm.inputs[0].inputs[0].inputs[1:]])
 
 
 def _is_identity(node: Node) -> bool:

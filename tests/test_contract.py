@@ -64,10 +64,11 @@ class TestRules:
         assert context.options(Dial(width=5), []) == Dial(width=5)
 
     def test_skip_is_undone_by_a_later_match(self) -> None:
-        context = Context(rules=[Rule("w*", skip=True), Rule("w2", {"level": 3}), Rule("w3", {"level": 4}, skip=True)])
+        rules = [Rule("w*", skip=True), Rule("w2", {"level": 3}, skip=False), Rule("w3", {"level": 4})]
+        context = Context(rules=rules)
         assert context.options(Dial(), ["w1"]) is None
         assert context.options(Dial(), ["w2"]) == Dial(level=3)
-        assert context.options(Dial(), ["w3"]) is None
+        assert context.options(Dial(), ["w3"]) is None, "a rule that says nothing of skipping leaves that as it was"
 
     def test_values_out_of_range_do_not_get_through(self) -> None:
         with pytest.raises(OptionError, match="dial: level must be a whole number from 0 to 9, got 10"):

@@ -353,7 +353,7 @@ class TestSparing:
     def test_the_share_in_the_reason_is_the_drift_of_that_site_alone(self) -> None:
         step = only(squeezed(Sparsify(pattern="2:4"), model=SORE, limit=30))
         told = next(skip.reason for skip in step.skips if skip.site == "sore").removeprefix("spared: by itself it moves the outputs by ")
-        alone = Step(Sparsify(pattern="2:4"), [Rule("*", skip=True), Rule("sore")])
+        alone = Step(Sparsify(pattern="2:4"), [Rule("*", skip=True), Rule("sore", skip=False)])
         drift = 10 ** (-sqnr(SORE, squeezed(alone, model=SORE).to_model(), INPUTS["x"]) / 20)
         assert float(told.rstrip("%")) / 100 == pytest.approx(drift, rel=0.1)  # a probe sees eight samples only
 
@@ -437,7 +437,7 @@ class TestRules:
         np.testing.assert_array_equal(found["c"], weight["c"] * np.float32(1.5))
 
     def test_the_last_match_wins(self) -> None:
-        rules = [Rule("*", {"factor": 2.0}), Rule("a", {"factor": 3.0}), Rule("b", skip=True), Rule("?", {"factor": 4.0})]
+        rules = [Rule("*", {"factor": 2.0}), Rule("a", {"factor": 3.0}), Rule("b", skip=True), Rule("?", {"factor": 4.0}, skip=False)]
         found = values_of(squeezed(Step(Scale(), rules)))
         np.testing.assert_array_equal(found["a"], normal(WIDTH, WIDTH) * np.float32(4))
         np.testing.assert_array_equal(found["b"], normal(WIDTH, WIDTH, seed=1) * np.float32(4))  # the last match does not skip

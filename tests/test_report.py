@@ -77,6 +77,7 @@ class TestJson:
             "max_abs": 0.25,
             "agreement": 0.98,
             "exact": False,
+            "blank": False,
         }
         assert found["outputs"][1]["agreement"] is None
         (only,) = found["passes"]

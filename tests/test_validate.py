@@ -141,7 +141,7 @@ class TestNumbers:
 
     def test_empty_outputs_are_equal(self) -> None:
         empty = np.zeros((0, 5), np.float32)
-        assert one(compared([(empty, empty)])) == OutputMetrics("y", 0.0, 300.0, 1.0, 0.0, None)
+        assert one(compared([(empty, empty)])) == OutputMetrics("y", 0.0, 300.0, 1.0, 0.0, None, blank=True)
 
     def test_shapes_may_differ_between_samples(self) -> None:
         pairs = random_pairs(1, (1, 4)) + random_pairs(1, (3, 2))

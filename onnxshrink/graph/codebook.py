@@ -25,7 +25,7 @@ from onnx import helper
 from onnxshrink.graph.edit import Fragment, NameSource
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 
-__all__ = ["FIRST_OPSET", "MAX_FOLDED_ELEMENTS", "Codebook", "UniformGrid", "coded_weight", "first_opset", "half_weight"]
+__all__ = ["FIRST_OPSET", "MAX_FOLDED_BYTES", "Codebook", "UniformGrid", "coded_weight", "first_opset", "half_weight"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
@@ -33,7 +33,7 @@ Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
 FIRST_OPSET = 7
 _FIRST_OPSET_IN_FUNCTIONS = 9  # where constants are Constant nodes, which held floats only before (Changelog.md, Constant-9)
 _NAMED_AFTER_WEIGHT = ("codebook", "codes", "half", "scale", "zero_point")  # the rest get short names: names are bytes too
-MAX_FOLDED_ELEMENTS = 2**30 // 4  # constant_folding.cc: outputs over 1 GiB are not folded; indices are int32
+MAX_FOLDED_BYTES = 2**30  # constant_folding.cc: larger results are not folded; indices are int32, so 4 bytes an element
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxshrink.contract import Context, Report, Rule
 from onnxshrink.errors import OptionError
-from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.sparsify import Sparsify
@@ -68,7 +68,7 @@ def keep_n_of_m(values: Array, axis: int, n: int, m: int) -> Array:
     for row in flat:
         for start in range(0, len(row), m):
             group = row[start : start + m]
-            order = sorted(range(len(group)), key=lambda at: (abs(float(group[at])), at))  # noqa: B023
+            order = sorted(range(len(group)), key=lambda at: (abs(float(group[at])), at))
             for at in order[: max(0, len(group) - n)]:
                 group[at] = 0
     return np.moveaxis(flat.reshape(moved.shape), -1, axis)
