@@ -54,6 +54,10 @@ def measure(name: str, specs: list[str]) -> dict[str, Any]:
         else None,
         "samples": judged.comparison.samples,
         "outcomes": {step.name: f"{step.outcome} {step.reason}".strip() for step in result.report.passes},
+        "notes": [note for step in result.report.passes for note in step.notes],
+        "float16_bytes": sum(
+            change.bytes_after for step in result.report.passes for change in step.changes if "float16" in change.detail
+        ),
         "seconds": seconds,
         "peak_mb": (peak - idle) / 1024,
         "failure": judged.comparison.failure,

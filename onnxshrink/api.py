@@ -47,6 +47,7 @@ __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expan
 Progress = Callable[[str, int, int], None]
 _SYNTHETIC_SAMPLES = 8
 _PROBING_SAMPLES = 8
+_FEW_SAMPLES = 32  # below it, one unlucky input more or less changes the SQNR by decibels
 _HELD_OUT_SHARE = 0.25  # of the given inputs: passes never see what the result is judged on
 _PACKAGES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 
@@ -123,7 +124,7 @@ class Expanded:
 
 def compress(
     model: ModelSource,
-    passes: Recipe | Sequence[Pass | Step] | None = None,
+    passes: Recipe | Sequence[Pass | Step] | Pass | Step | None = None,
     *,
     calibration: InputSource | None = None,
     tolerance: Tolerance | None = None,
@@ -135,7 +136,7 @@ def compress(
 
     Args:
         model: a path, the bytes of a file, or a ModelProto.
-        passes: passes or steps in order, or a recipe; by default tidy and 8-bit weight sharing, held to 30 dB SQNR.
+        passes: a pass, or passes or steps in order, or a recipe; by default tidy and 8-bit weight sharing, held to 30 dB SQNR.
         calibration: inputs as `onnxshrink.inputs.read_inputs` takes them. A quarter is held out to judge the result. Without
             any, seeded synthetic inputs are made, and the report says that they prove less.
         tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
@@ -264,11 +265,13 @@ def bench(
     return measure_latency(first, second, samples, seconds=seconds, threads=threads)
 
 
-def _as_recipe(passes: Recipe | Sequence[Pass | Step] | None) -> Recipe:
+def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> Recipe:
     if passes is None:
         return default_recipe()
     if isinstance(passes, Recipe):
         return passes
+    if isinstance(passes, Pass | Step):
+        passes = [passes]
     if not all(isinstance(item, Pass | Step) for item in passes):
         raise OptionError(must("compress", "passes", "a list of passes such as [Tidy(), ShareWeights(bits=6)]", repr(passes)))
     return Recipe(tuple(item if isinstance(item, Step) else Step(item) for item in passes))
@@ -295,7 +298,9 @@ def _notes(
     if synthetic:
         notes.append("inputs are synthetic: they show that the result runs, and little of its quality; pass real ones as calibration")
     elif given is None:
-        notes.append(f"only {len(judged)} input was given: it judges the result, and passes worked without calibration data")
+        notes.append("one input was given: it judges the result, and passes worked without calibration data")
+    if not synthetic and len(judged) < _FEW_SAMPLES:
+        notes.append(f"the result was judged on {len(judged)} inputs only: on others the outputs may differ by more")
     if not limits.is_set:
         notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")
     if complaint is not None:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -56,9 +57,25 @@ InputsPath = Annotated[
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of all randomness.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from onnxshrink import __version__
+
+        sys.stdout.write(f"onnxshrink {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Makes ONNX models smaller and faster after training, and proves that they still work."""
+
+
 def main() -> None:
     """Runs the command line."""
     _keep_stdout()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files, of gigabytes maybe, must go
     app()
 
 

@@ -23,7 +23,7 @@ from onnxshrink.graph.check import Level, check
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.files import materialised
 from onnxshrink.graph.ir import Constant, Graph
-from onnxshrink.report import Outcome, PassReport
+from onnxshrink.report import Outcome, PassReport, format_option
 from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
 
 __all__ = ["Candidate", "Settings", "interface", "run_steps"]
@@ -77,6 +77,7 @@ class _Attempt:
     candidate: Candidate | None
     failure: str = ""
     too_far: bool = False
+    spared: bool = False
 
 
 def run_steps(good: Candidate, steps: Sequence[Step], settings: Settings) -> tuple[Candidate, list[PassReport]]:
@@ -158,7 +159,7 @@ def _spare_sites(good: Candidate, step: Step, report: Report, settings: Settings
         if attempt.candidate is good:
             return None
         if attempt.candidate is not None:
-            return dataclasses.replace(attempt, report=_with_reasons(attempt.report, spared, errors))
+            return dataclasses.replace(attempt, report=_with_reasons(attempt.report, spared, errors), spared=True)
         budget *= _SMALLER_BUDGET
     return None
 
@@ -186,7 +187,7 @@ def _with_reasons(report: Report, spared: Sequence[str], errors: Sequence[SiteEr
 def _reason(error: SiteError) -> str:
     if math.isinf(error.squared_drift):
         return "spared: by itself it makes the model fail, or give NaN or infinity"
-    return f"spared: by itself it moves the outputs by {math.sqrt(error.squared_drift):.2%}"
+    return f"spared: by itself it moves the outputs by {100 * math.sqrt(error.squared_drift):.3g} %"
 
 
 def _attempt(good: Candidate, step: Step, settings: Settings, prefix: str) -> _Attempt:
@@ -248,9 +249,12 @@ def _report(
     if outcome == "dropped":
         reason = failures[-1] if len(failures) == 1 else f"{failures[-1]} (after {len(failures)} attempts)"
     elif outcome == "weakened":
-        changed = {f.name: getattr(ran, f.name) for f in dataclasses.fields(ran) if getattr(ran, f.name) != getattr(asked, f.name)}
-        settings = ", ".join(f"{name} = {value}" for name, value in changed.items())
-        reason = f"with {settings or 'some sites spared'} it stays within the limits; as asked: {failures[0]}"
+        changed = {field.name: getattr(ran, field.name) for field in dataclasses.fields(ran)}
+        means = [
+            f"{name} = {format_option(value)}" for name, value in changed.items() if value != getattr(asked, name)
+        ]
+        means += ["some sites spared"] if attempt.spared else []
+        reason = f"with {' and '.join(means)} it stays within the limits; as asked: {failures[0]}"
     return PassReport(
         name=asked.name,
         options=dataclasses.asdict(ran),
@@ -259,7 +263,11 @@ def _report(
         bytes_before=before.nbytes,
         bytes_after=after.nbytes,
         seconds=time.perf_counter() - start,
-        chosen=tuple(field.name for field in dataclasses.fields(ran) if getattr(ran, field.name) != field.default),
+        chosen=tuple(
+            field.name
+            for field in dataclasses.fields(ran)
+            if getattr(ran, field.name) != field.default or getattr(ran, field.name) != getattr(asked, field.name)
+        ),
         changes=() if outcome == "dropped" else tuple(attempt.report.changes),
         skips=tuple(attempt.report.skips),
         notes=tuple(attempt.report.notes),

@@ -129,7 +129,7 @@ def expansion(found: Expanded, places: str) -> RenderableType:
     """Returns how many weights were expanded."""
     sizes = f"{format_bytes(found.bytes_before)} → {format_bytes(found.bytes_after)}"
     count = len(found.sites)
-    what = f"{count} coded weight{'s' * (count != 1)} expanded, {sizes}" if count else "no coded weights: the model is as it was"
+    what = f"{count} coded weight{'s' * (count != 1)} expanded, {sizes}" if count else "no coded weights, nothing to expand"
     return f"{what}, written to {escape(places)}"
 
 
@@ -150,7 +150,7 @@ def passes(described: Sequence[PassInfo]) -> RenderableType:
         table = _table("option", "default", "allowed", "meaning")
         for info in found.options:
             table.add_row(info.name, str(info.default).lower(), escape(info.allowed), escape(info.help))
-        parts += [f"[bold]{escape(found.name)}[/]  {escape(found.summary)}", table]
+        parts += [f"\n[bold]{escape(found.name)}[/]  {escape(found.summary)}", table]
     return Group(*parts)
 
 

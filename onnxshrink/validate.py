@@ -280,7 +280,7 @@ class _Judge:
             rows = expected[names[0]].size // classes
             raise InputsError(must(owner, "number of labels", f"{rows}, as output '{names[0]}' has rows", len(labels)))
         if not is_integer(labels.dtype) or not 0 <= labels.min() <= labels.max() < classes:
-            got = f"{labels.dtype} from {labels.min()} to {labels.max()}"
+            got = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.dtype.kind in "iuf" else labels.dtype
             raise InputsError(must(owner, "labels", f"integers from 0 to {classes - 1}", got))
         self.labels += len(labels)
         if outputs[names[0]].shape == expected[names[0]].shape:

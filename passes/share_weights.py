@@ -130,7 +130,7 @@ def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip
     if chosen.method == "exact":
         return Skip(weight.site, f"more than {most} distinct values")
     if weight.obstacle is not None:
-        return Skip(weight.site, f"more than {most} distinct values, and it {weight.obstacle}")
+        return Skip(weight.site, f"more than {most} distinct values; {weight.obstacle}")
     if not np.isfinite(values).all():
         return Skip(weight.site, "holds NaN or infinity")
     if values.dtype == np.float64 and np.abs(values).max() > np.finfo(np.float32).max:

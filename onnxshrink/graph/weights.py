@@ -87,7 +87,7 @@ class Weight:
             if use.node is None:
                 return "is a graph output"
             if not use.is_operand:
-                return f"input {use.operand} of {use.op} is not a weight operand"
+                return f"is read as input {use.operand} of {use.op}, which is no weight operand"
         return None
 
     @property

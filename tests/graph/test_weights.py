@@ -100,7 +100,7 @@ class TestHiding:
         )
         assert summary(weight["q"]) == ["DequantizeLinear>MatMul:1"]
         assert weight["q"].obstacle == "holds int8 values, not floating point"
-        assert weight["scale"].obstacle == "input 1 of DequantizeLinear is not a weight operand"
+        assert weight["scale"].obstacle == "is read as input 1 of DequantizeLinear, which is no weight operand"
 
     def test_tied_weights_are_one(self) -> None:
         weight = found(
@@ -238,7 +238,7 @@ class TestFunctions:
         assert summary(weight["w"]) == ["turn>Transpose>MatMul:1"]
         assert weight["w"].obstacle is None
         assert summary(weight["v"]) == ["turn>Transpose>Exp:0"]
-        assert weight["v"].obstacle == "input 0 of Exp is not a weight operand"
+        assert weight["v"].obstacle == "is read as input 0 of Exp, which is no weight operand"
 
     def test_owned_by_a_function_and_read_where_it_is_called(self) -> None:
         weight = found(
@@ -250,7 +250,7 @@ class TestFunctions:
             <domain: "local", opset_import: ["": 17, "local": 1]> outer () => (r) {{ r = local.inner() }}"""
         )["local::inner/w"]
         assert summary(weight) == ["Identity>MatMul:1", "Identity>Exp:0"]
-        assert weight.obstacle == "input 0 of Exp is not a weight operand"
+        assert weight.obstacle == "is read as input 0 of Exp, which is no weight operand"
 
     def test_a_function_of_functions_returns_to_the_right_call(self) -> None:
         weight = found(
@@ -287,12 +287,12 @@ class TestObstacles:
     @pytest.mark.parametrize(
         ("nodes", "reason"),
         [
-            ("y = Add(x, w)", "input 1 of Add is not a weight operand"),
-            ("y = MatMul(x, w) z = Exp(w)", "input 0 of Exp is not a weight operand"),
+            ("y = Add(x, w)", "is read as input 1 of Add, which is no weight operand"),
+            ("y = MatMul(x, w) z = Exp(w)", "is read as input 0 of Exp, which is no weight operand"),
             ("y = Identity(x)", "is not used"),
             ("y = Identity(w)", "is a graph output"),
-            ("h = Transpose(w) y = Softmax(h)", "input 0 of Softmax is not a weight operand"),
-            ("t = Cast <to = 7> (w) y = Gather(x, t)", "input 1 of Gather is not a weight operand"),
+            ("h = Transpose(w) y = Softmax(h)", "is read as input 0 of Softmax, which is no weight operand"),
+            ("t = Cast <to = 7> (w) y = Gather(x, t)", "is read as input 1 of Gather, which is no weight operand"),
         ],
     )
     def test_why_it_must_stay(self, nodes: str, reason: str) -> None:
@@ -313,7 +313,7 @@ class TestObstacles:
                 y = Loop(n, c, w) <body = b (int64 i, bool d, float[2] h) => (bool e, float[2] o) { e = Identity(d) o = Exp(h) }>
             }"""
         )["w"]
-        assert weight.obstacle == "input 2 of Loop is not a weight operand"
+        assert weight.obstacle == "is read as input 2 of Loop, which is no weight operand"
 
     def test_looking_up_is_no_arithmetic(self) -> None:
         weight = found(f"g (int64[2] i) => (float[2, 3] y) <float[2, 3] w = {W23}> {{ y = Gather(w, i) }}")["w"]

@@ -137,7 +137,7 @@ class TestExact:
         model.graph.initializer[0].CopyFrom(oracle.value("w", normal(32, 32)))
         _, report = run(ShareWeights(), model)
         assert [skip.reason for skip in report.skips] == [
-            "more than 256 distinct values, and it input 1 of Add is not a weight operand"
+            "more than 256 distinct values; is read as input 1 of Add, which is no weight operand"
         ]
 
 

@@ -264,7 +264,7 @@ class TestSites:
         found, report, _ = run(Sparsify(), model)
         assert {skip.site: skip.reason for skip in report.skips} == {
             "table": "is only looked up, so zeros save no arithmetic",
-            "bias": "input 2 of Gemm is not a weight operand",
+            "bias": "is read as input 2 of Gemm, which is no weight operand",
             "shown": "is a graph output",
             "spoilt": "holds NaN or infinity",
             "idle": "is not used",
