@@ -57,6 +57,7 @@ def numerics_speed(figures: dict[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "share_8bit": share_8bit,
+    "share_8bit_stripped": share_8bit,
     "session_start": session_start,
     "large_model": large_model,
     "numerics_speed": numerics_speed,

@@ -299,7 +299,7 @@ def _notes(
         notes.append("inputs are synthetic: they show that the result runs, and little of its quality; pass real ones as calibration")
     elif given is None:
         notes.append("one input was given: it judges the result, and passes worked without calibration data")
-    if not synthetic and len(judged) < _FEW_SAMPLES:
+    if given is not None and len(judged) < _FEW_SAMPLES:
         notes.append(f"the result was judged on {len(judged)} inputs only: on others the outputs may differ by more")
     if not limits.is_set:
         notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")

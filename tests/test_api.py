@@ -147,7 +147,9 @@ class TestSteps:
     def test_a_limit_given_here_replaces_that_of_the_recipe(self) -> None:
         recipe = parse_recipe("format = 1\n[tolerance]\nmin-sqnr = 30\nmin-agreement = 0.5")
         assert compress(MODEL, recipe).report.tolerance == Tolerance(30, None, 0.5)
-        assert compress(MODEL, recipe, tolerance=Tolerance(max_drift=0.1)).report.tolerance == Tolerance(None, 0.1, None)
+        assert compress(MODEL, recipe, tolerance=Tolerance(max_drift=0.1)).report.tolerance == Tolerance(
+            None, 0.1, None
+        )
 
 
 class TestSamples:
@@ -193,13 +195,23 @@ class TestSamples:
         report = compress(MODEL, [Asks()], calibration={"x": X[:1]}).report
         assert asked == [None]
         assert (report.calibration_samples, report.validation_samples) == (0, 1)
-        assert "only 1 input was given: it judges the result, and passes worked without calibration data" in report.notes
+        assert "one input was given: it judges the result, and passes worked without calibration data" in report.notes
+
+    def test_of_few_samples_it_is_said_that_they_are_few(self) -> None:
+        def told(count: int) -> list[str]:
+            x = np.random.default_rng(0).standard_normal((count, 16)).astype(np.float32)
+            return [note for note in compress(MODEL, [], calibration={"x": x}).report.notes if "judged" in note]
+
+        assert told(20) == ["the result was judged on 5 inputs only: on others the outputs may differ by more"]
+        assert told(128) == []
 
     def test_made_up_ones_are_said_to_prove_less(self) -> None:
         report = compress(MODEL, [Tidy()], seed=5).report
         assert (report.synthetic, report.inputs, report.seed) == (True, "synthetic inputs (seed 5)", 5)
         assert (report.calibration_samples, report.validation_samples) == (0, 8)
-        assert report.notes[0].startswith("inputs are synthetic: they show that the result runs, and little of its quality")
+        assert report.notes[0].startswith(
+            "inputs are synthetic: they show that the result runs, and little of its quality"
+        )
 
     def test_of_every_form_are_taken(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "x.npz", x=X)
@@ -207,7 +219,13 @@ class TestSamples:
         folder.mkdir()
         for index, row in enumerate(X):
             np.savez(folder / f"{index:03}.npz", x=row[None])
-        sources: list[Any] = [{"x": X}, [{"x": row[None]} for row in X], tmp_path / "x.npz", str(tmp_path / "x.npz"), folder]
+        sources: list[Any] = [
+            {"x": X},
+            [{"x": row[None]} for row in X],
+            tmp_path / "x.npz",
+            str(tmp_path / "x.npz"),
+            folder,
+        ]
         reports = [compress(MODEL, [Sparsify()], calibration=source).report for source in sources]
         assert all(report.validation_samples == 5 for report in reports)
         assert len({report.outputs for report in reports}) == 1
@@ -235,7 +253,10 @@ class TestReport:
         report = compress(MODEL, []).report
         assert report.versions["onnxshrink"] == onnxshrink.__version__
         assert report.versions["onnx"] == onnx.__version__
-        assert "no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity" in report.notes
+        assert (
+            "no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity"
+            in report.notes
+        )
         json.loads(report.to_json())
 
     def test_holds_a_model_that_fails_the_checker_to_what_it_passes(self) -> None:
@@ -253,7 +274,10 @@ class TestReport:
             [oracle.tensor("y", [1, 4])],
         )
         notes = compress(noisy, []).report.notes
-        assert "the original does not reproduce its own outputs on the same inputs; small differences mean nothing" in notes
+        assert (
+            "the original does not reproduce its own outputs on the same inputs; small differences mean nothing"
+            in notes
+        )
 
 
 class TestMetrics:
@@ -265,7 +289,9 @@ class TestMetrics:
         (scores,) = [output for output in result.report.outputs if output.name == "scores"]
         assert result.report.metrics == {"worst": pytest.approx(scores.max_abs)}
         found = verify(MODEL, result.to_model(), inputs={"x": X}, metrics={"worst": worst})
-        assert found.comparison.metrics["worst"] == pytest.approx(float(np.abs(run(MODEL) - run(result.to_model())).max()))
+        assert found.comparison.metrics["worst"] == pytest.approx(
+            float(np.abs(run(MODEL) - run(result.to_model())).max())
+        )
 
     def test_that_fail_are_named(self) -> None:
         with pytest.raises(ValidationError, match="metric 'bad': it raised ZeroDivisionError"):
@@ -282,7 +308,9 @@ class TestMetrics:
 
 class TestVerify:
     def test_a_model_equals_itself(self) -> None:
-        found = verify(MODEL, MODEL, inputs={"x": X}, tolerance=Tolerance(min_sqnr_db=300, max_drift=0, min_agreement=1))
+        found = verify(
+            MODEL, MODEL, inputs={"x": X}, tolerance=Tolerance(min_sqnr_db=300, max_drift=0, min_agreement=1)
+        )
         assert found.violation is None
         assert found.bytes_before == found.bytes_after == MODEL.ByteSize()
         assert (found.synthetic, found.comparison.samples) == (False, 20)
@@ -306,12 +334,23 @@ class TestVerify:
 
     def test_is_plain_for_machines(self) -> None:
         found = verify(MODEL, MODEL).to_dict()
-        assert {"outputs", "failure", "samples", "violation", "inputs", "synthetic", "bytes_before", "bytes_after"} <= found.keys()
+        assert {
+            "outputs",
+            "failure",
+            "samples",
+            "violation",
+            "inputs",
+            "synthetic",
+            "bytes_before",
+            "bytes_after",
+        } <= found.keys()
         assert json.loads(json.dumps(found, allow_nan=False))["outputs"][0]["name"] == "scores"
 
 
 class TestExpand:
-    @pytest.mark.parametrize("subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)])
+    @pytest.mark.parametrize(
+        "subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)]
+    )
     def test_undoes_the_codes_and_not_the_rounding(self, subject: ShareWeights) -> None:
         small = compress(MODEL, [subject]).to_model()
         result = expand(small)
@@ -323,7 +362,11 @@ class TestExpand:
         assert shapes == {tensor.name: tuple(tensor.dims) for tensor in MODEL.graph.initializer}
         assert run(dense).tobytes() == run(small).tobytes()
         assert (result.bytes_before, result.bytes_after) == (small.ByteSize(), dense.ByteSize())
-        assert result.to_dict() == {"sites": list(result.sites), "bytes_before": small.ByteSize(), "bytes_after": dense.ByteSize()}
+        assert result.to_dict() == {
+            "sites": list(result.sites),
+            "bytes_before": small.ByteSize(),
+            "bytes_after": dense.ByteSize(),
+        }
 
     def test_of_exact_codes_is_the_original(self) -> None:
         model = build()
@@ -362,7 +405,9 @@ def test_inspect_takes_every_source(path: Path, external: Path) -> None:
     assert [info.shape for info in inspect(external).weights] == [(16, 512), (512, CLASSES), (512,)]
 
 
-def test_nothing_is_left_in_the_folder_for_temporary_files(external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_in_the_folder_for_temporary_files(
+    external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))

@@ -95,7 +95,9 @@ class TestChoice:
 
     @settings(deadline=None)
     @given(ERRORS, st.floats(0, 200))
-    def test_keeps_within_the_budget_and_spares_no_more_than_it_must(self, errors: list[SiteError], budget: float) -> None:
+    def test_keeps_within_the_budget_and_spares_no_more_than_it_must(
+        self, errors: list[SiteError], budget: float
+    ) -> None:
         spared = worst_per_byte(errors, budget)
         assert len(spared) == len(set(spared))
         kept = [error for error in errors if error.site not in spared]

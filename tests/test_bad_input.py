@@ -108,7 +108,10 @@ UNREADABLE: dict[str, tuple[bytes | None, str]] = {
     "empty": (b"", "bad.onnx: not an ONNX model: it must have a graph and an IR version"),
     "text": (b"this is no model\n", "bad.onnx: not an ONNX model, or a truncated one: the protobuf does not parse"),
     "page": (b"<!DOCTYPE html><html></html>", "bad.onnx: not an ONNX model"),
-    "truncated": (GOOD[: len(GOOD) // 2], "bad.onnx: not an ONNX model, or a truncated one: the protobuf does not parse"),
+    "truncated": (
+        GOOD[: len(GOOD) // 2],
+        "bad.onnx: not an ONNX model, or a truncated one: the protobuf does not parse",
+    ),
     "zeros": (bytes(1000), "bad.onnx: not an ONNX model"),
     "tensor": (build().graph.initializer[0].SerializeToString(), "bad.onnx: not an ONNX model"),
     "no data": (
@@ -127,7 +130,10 @@ UNREADABLE: dict[str, tuple[bytes | None, str]] = {
         external(lambda e: e.update(location="/etc/passwd")).SerializeToString(),
         "bad.onnx: tensor 'w': external data '/etc/passwd' must lie inside the model's folder; refused",
     ),
-    "dangling": (dangling().SerializeToString(), "tensor 'nowhere' is read, but no node, input or initializer defines it"),
+    "dangling": (
+        dangling().SerializeToString(),
+        "tensor 'nowhere' is read, but no node, input or initializer defines it",
+    ),
     "doubled": (doubled().SerializeToString(), "tensor 'w' must be defined once, got a second definition"),
 }
 
@@ -170,7 +176,9 @@ class TestModels:
     @pytest.mark.parametrize("opset", [1, 3, 5])
     def test_older_than_any_coding_are_left_as_they_are(self, place: Path, opset: int) -> None:
         onnx.save(build(opset=opset), "old.onnx")
-        result = CliRunner().invoke(cli.app, ["compress", "old.onnx", "-o", "small.onnx", "--pass", "share-weights"], env={"COLUMNS": "200"})
+        result = CliRunner().invoke(
+            cli.app, ["compress", "old.onnx", "-o", "small.onnx", "--pass", "share-weights"], env={"COLUMNS": "200"}
+        )
         assert (result.exit_code, result.stderr) == (0, "")
         assert f"opset {opset} is below " in result.stdout
         assert (place / "small.onnx").stat().st_size == (place / "old.onnx").stat().st_size
@@ -187,13 +195,17 @@ class TestModels:
         model.graph.input[0].CopyFrom(oracle.tensor("x", ["n", "m"]))
         onnx.save(model, "bad.onnx")
         message = refused("compress", "bad.onnx", "-o", "small.onnx", "--calib", "inputs.npz", code=2)
-        assert message.startswith("inputs.npz: sample 0: the model does not run on it: original model: ONNX Runtime cannot run it: MatMul node")
+        assert message.startswith(
+            "inputs.npz: sample 0: the model does not run on it: original model: ONNX Runtime cannot run it: MatMul node"
+        )
 
     def test_that_fail_the_checker_are_compressed_with_a_note(self, place: Path) -> None:
         model = build()
         model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 25
         onnx.save(model, "odd.onnx")
-        result = CliRunner().invoke(cli.app, ["compress", "odd.onnx", "-o", "small.onnx", "--pass", "tidy"], env={"COLUMNS": "200"})
+        result = CliRunner().invoke(
+            cli.app, ["compress", "odd.onnx", "-o", "small.onnx", "--pass", "tidy"], env={"COLUMNS": "200"}
+        )
         assert result.exit_code == 0
         assert "the original itself does not pass the ONNX checker" in result.stdout
 
@@ -208,25 +220,55 @@ ARRAYS: dict[str, tuple[Mapping[str, Any], str]] = {
     "near names": ({"X": X}, "bad.npz: sample 0: 'X' is no input of the model; "),
     "more names": ({"x": X, "extra": X}, "bad.npz: sample 0: 'extra' is no input of the model; known: x"),
     "no arrays": ({}, "bad.npz: sample 0: inputs must be complete, got no array for 'x'"),
-    "labels only": ({"labels": np.arange(3)}, "bad.npz: sample 0: inputs must be complete, got no array for 'x'; there are: labels"),
-    "dtype": ({"x": X.astype(np.float64)}, "bad.npz: sample 0: input 'x' must be float32, got float64; array.astype('float32') converts it"),
-    "bytes": ({"x": (X * 9).astype(np.uint8)}, "bad.npz: sample 0: input 'x' must be float32, got uint8; array.astype('float32') converts it"),
+    "labels only": (
+        {"labels": np.arange(3)},
+        "bad.npz: sample 0: inputs must be complete, got no array for 'x'; there are: labels",
+    ),
+    "dtype": (
+        {"x": X.astype(np.float64)},
+        "bad.npz: sample 0: input 'x' must be float32, got float64; array.astype('float32') converts it",
+    ),
+    "bytes": (
+        {"x": (X * 9).astype(np.uint8)},
+        "bad.npz: sample 0: input 'x' must be float32, got uint8; array.astype('float32') converts it",
+    ),
     "text": ({"x": np.array([["a"] * 16])}, "bad.npz: sample 0: input 'x' must be float32, got "),
     "byte order": ({"x": X.astype(">f4")}, "bad.npz: sample 0: input 'x' must be float32, got >f4; "),
     "shape": ({"x": X[:, :3]}, "bad.npz: sample 0: input 'x' must be of shape [n, 16], got [1, 3]"),
-    "rank": ({"x": X[0]}, "bad.npz: sample 0: input 'x' must be of shape [n, 16], got [16]; array[None] adds the sample axis"),
+    "rank": (
+        {"x": X[0]},
+        "bad.npz: sample 0: input 'x' must be of shape [n, 16], got [16]; array[None] adds the sample axis",
+    ),
     "scalar": ({"x": np.float32(3)}, "bad.npz: sample 0: input 'x' must be of shape [n, 16], got []"),
-    "nan": ({"x": np.where(X[7, 3] == X, np.nan, X).astype(np.float32)}, "bad.npz: sample 7: input 'x' must be finite, got NaN or infinity"),
-    "infinity": ({"x": np.where(X[7, 3] == X, np.inf, X).astype(np.float32)}, "bad.npz: sample 7: input 'x' must be finite, got "),
+    "nan": (
+        {"x": np.where(X[7, 3] == X, np.nan, X).astype(np.float32)},
+        "bad.npz: sample 7: input 'x' must be finite, got NaN or infinity",
+    ),
+    "infinity": (
+        {"x": np.where(X[7, 3] == X, np.inf, X).astype(np.float32)},
+        "bad.npz: sample 7: input 'x' must be finite, got ",
+    ),
     "no samples": ({"x": X[:0]}, "bad.npz: number of samples must be at least 1, got 0"),
     "few labels": ({"x": X, "labels": np.arange(5)}, "bad.npz: number of labels must be 20, one for each row, got 5"),
-    "labels beyond": ({"x": X, "labels": np.full(20, 24)}, "bad.npz: labels must be integers from 0 to 23, got int64 from 24 to 24"),
-    "labels as text": ({"x": X, "labels": np.array(["cat"] * 20)}, "bad.npz: labels must be integers from 0 to 23, got "),
-    "objects": ({"x": np.array([{}], object)}, "bad.npz: array 'x': holds pickled Python objects, which are refused; save plain arrays"),
+    "labels beyond": (
+        {"x": X, "labels": np.full(20, 24)},
+        "bad.npz: labels must be integers from 0 to 23, got int64 from 24 to 24",
+    ),
+    "labels as text": (
+        {"x": X, "labels": np.array(["cat"] * 20)},
+        "bad.npz: labels must be integers from 0 to 23, got ",
+    ),
+    "objects": (
+        {"x": np.array([{}], object)},
+        "bad.npz: array 'x': holds pickled Python objects, which are refused; save plain arrays",
+    ),
 }
 FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty file": (lambda data: b"", "bad.npz: cannot be read: it is not what np.savez writes, or truncated"),
-    "truncated file": (lambda data: data[:300], "bad.npz: cannot be read: it is not what np.savez writes, or truncated"),
+    "truncated file": (
+        lambda data: data[:300],
+        "bad.npz: cannot be read: it is not what np.savez writes, or truncated",
+    ),
     "text file": (lambda data: b"1 2 3\n", "bad.npz: cannot be read: it is not what np.savez writes, or truncated"),
     "flipped bits": (damaged, "bad.npz: array 'x': cannot be read: Bad CRC-32"),
 }
@@ -251,7 +293,10 @@ class TestInputs:
         [
             ("absent.npz", "absent.npz: cannot be read: there is no such file or folder"),
             ("absent", "absent: cannot be read: there is no such file or folder"),
-            ("model.onnx", "model.onnx: inputs must be a .npz file or a folder, got a '.onnx' file; np.savez(path, **{'x': array}) makes one"),
+            (
+                "model.onnx",
+                "model.onnx: inputs must be a .npz file or a folder, got a '.onnx' file; np.savez(path, **{'x': array}) makes one",
+            ),
             ("folder", "folder: folder must be one of .npz files or of test_data_set_* folders, got none of them"),
         ],
     )
@@ -265,13 +310,18 @@ class TestInputs:
         folder.mkdir()
         np.savez(folder / "000.npz", x=X[:1])
         np.savez(folder / "001.npz", x=X[:1, :5])
-        assert refused(*COMPRESS, "--calib", "many", code=2) == "many/001.npz: input 'x' must be of shape [n, 16], got [1, 5]"
+        assert (
+            refused(*COMPRESS, "--calib", "many", code=2)
+            == "many/001.npz: input 'x' must be of shape [n, 16], got [1, 5]"
+        )
 
     def test_in_a_damaged_test_data_set(self, place: Path) -> None:
         folder = place / "test_data_set_0"
         folder.mkdir()
         (folder / "input_0.pb").write_bytes(b"\xff\xff\xff")
-        assert refused(*COMPRESS, "--calib", "test_data_set_0", code=2).startswith("test_data_set_0/input_0.pb: cannot be read as a TensorProto: ")
+        assert refused(*COMPRESS, "--calib", "test_data_set_0", code=2).startswith(
+            "test_data_set_0/input_0.pb: cannot be read as a TensorProto: "
+        )
 
 
 LONG = "x" * 300
@@ -287,7 +337,10 @@ class TestOutputs:
             ("folder", "folder: cannot be written: it is a folder"),
             (".", ".: cannot be written: it is a folder"),
             ("model.onnx", "model.onnx: the output must not replace a file of the input; choose another name"),
-            ("./folder/../model.onnx", "folder/../model.onnx: the output must not replace a file of the input; choose another name"),
+            (
+                "./folder/../model.onnx",
+                "folder/../model.onnx: the output must not replace a file of the input; choose another name",
+            ),
             ("link.onnx", "link.onnx: the output must not replace a file of the input; choose another name"),
             ("/dev/null", "/dev/null: cannot be written: it is no regular file"),
         ],
@@ -302,7 +355,10 @@ class TestOutputs:
         (place / "recipe.toml").write_text('format = 1\n[[pass]]\nname = "tidy"\n')
         for name in ("inputs.npz", "recipe.toml"):
             args = ("compress", "model.onnx", "-o", name, "--calib", "inputs.npz", "--recipe", "recipe.toml")
-            assert refused(*args, code=2) == f"{name}: the output must not replace a file of the input; choose another name"
+            assert (
+                refused(*args, code=2)
+                == f"{name}: the output must not replace a file of the input; choose another name"
+            )
 
     @pytest.mark.parametrize(
         ("report", "message"),
@@ -326,7 +382,10 @@ class TestOutputs:
     def test_in_a_folder_that_must_not_be_written(self, place: Path) -> None:
         locked = place / "locked"
         locked.mkdir(mode=0o500)
-        assert refused("compress", "model.onnx", "-o", "locked/small.onnx", code=2) == "locked/small.onnx: cannot be written: Permission denied"
+        assert (
+            refused("compress", "model.onnx", "-o", "locked/small.onnx", code=2)
+            == "locked/small.onnx: cannot be written: Permission denied"
+        )
 
     @pytest.mark.parametrize("command", ["compress", "expand"])
     def test_on_a_full_disk(self, place: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
@@ -340,7 +399,10 @@ class TestOutputs:
 
         monkeypatch.setattr(os, "fsync", fsync)
         (place / "small.onnx").write_text("an older one")
-        assert refused(command, "model.onnx", "-o", "small.onnx", code=2) == "small.onnx: cannot be written: No space left on device"
+        assert (
+            refused(command, "model.onnx", "-o", "small.onnx", code=2)
+            == "small.onnx: cannot be written: No space left on device"
+        )
         assert len(calls) == 2
 
 
@@ -349,17 +411,32 @@ class TestTexts:
         ("args", "message"),
         [
             (("--pass", "sparsfy"), "unknown pass 'sparsfy'; did you mean 'sparsify'? Known: "),
-            (("--pass", "share-weights:bit=3"), "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per"),
+            (
+                ("--pass", "share-weights:bit=3"),
+                "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per",
+            ),
             (("--pass", "share-weights:bits=many"), "share-weights: bits must be a whole number, got 'many'"),
             (("--pass", "share-weights:bits=99"), "share-weights: bits must be "),
-            (("--pass", "share-weights:bits"), "--pass share-weights: options must be key=value pairs, parted by commas, got 'bits'"),
-            (("--pass", "sparsify:pattern=2of4"), "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got '2of4'"),
+            (
+                ("--pass", "share-weights:bits"),
+                "--pass share-weights: options must be key=value pairs, parted by commas, got 'bits'",
+            ),
+            (
+                ("--pass", "sparsify:pattern=2of4"),
+                "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got '2of4'",
+            ),
             (("--recipe", "absent.toml"), "recipe absent.toml: cannot be read: No such file or directory"),
             (("--recipe", "model.onnx"), "recipe model.onnx: cannot be read: it is not UTF-8 text"),
-            (("--recipe", "key.toml"), "recipe key.toml, tolerance: unknown key 'min_sqnr'; did you mean 'min-sqnr'? Known: "),
+            (
+                ("--recipe", "key.toml"),
+                "recipe key.toml, tolerance: unknown key 'min_sqnr'; did you mean 'min-sqnr'? Known: ",
+            ),
             (("--recipe", "pass.toml"), "recipe pass.toml, pass 1: unknown pass 'tidi'; did you mean 'tidy'? Known: "),
             (("--recipe", "syntax.toml"), "recipe syntax.toml: not valid TOML: "),
-            (("--pass", "tidy", "--min-agreement", "0.9"), "tolerance: min-agreement must be left out for this model, got 0.9; "),
+            (
+                ("--pass", "tidy", "--min-agreement", "0.9"),
+                "tolerance: min-agreement must be left out for this model, got 0.9; ",
+            ),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
@@ -401,7 +478,9 @@ class TestInterrupts:
         code = PROLOGUE + HANGING[where] + "cli.main()"
         with untouched(place):
             command = [sys.executable, "-c", code, *COMPRESS, "--pass", "sparsify", "--calib", "inputs.npz"]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
             while not started.exists():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.01)

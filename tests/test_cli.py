@@ -42,7 +42,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         helper.make_node("MatMul", ["r", "head/w"], ["y"]),
     ]
     values = [oracle.value("layer1/w", normal(16, 64)), oracle.value("head/w", normal(64, 12))]
-    onnx.save(oracle.make_model(nodes, [oracle.tensor("x", ["n", 16])], [oracle.tensor("y", ["n", 12])], values), tmp_path / "model.onnx")
+    onnx.save(
+        oracle.make_model(nodes, [oracle.tensor("x", ["n", 16])], [oracle.tensor("y", ["n", 12])], values),
+        tmp_path / "model.onnx",
+    )
     np.savez(tmp_path / "inputs.npz", x=X)
     (tmp_path / "recipe.toml").write_text(
         """
@@ -129,7 +132,17 @@ class TestCompress:
 
     def test_a_dropped_pass_exits_with_3_and_the_best_is_written(self, place: Path) -> None:
         limits = ["--calib", "inputs.npz", "--min-sqnr", "40", "--json"]
-        result = run("compress", "model.onnx", "-o", "small.onnx", "--pass", "sparsify:pattern=1:4", "--pass", "share-weights:bits=8", *limits)
+        result = run(
+            "compress",
+            "model.onnx",
+            "-o",
+            "small.onnx",
+            "--pass",
+            "sparsify:pattern=1:4",
+            "--pass",
+            "share-weights:bits=8",
+            *limits,
+        )
         assert result.exit_code == 3
         found = read_json(result)
         assert [step["outcome"] for step in found["passes"]] == ["dropped", "kept"]
@@ -147,7 +160,18 @@ class TestCompress:
 
     def test_the_same_command_gives_the_same_bytes(self, place: Path) -> None:
         for name in ("one.onnx", "two.onnx"):
-            run("compress", "model.onnx", "-o", name, "--pass", "sparsify", "--pass", "share-weights:bits=4", "--seed", "7")
+            run(
+                "compress",
+                "model.onnx",
+                "-o",
+                name,
+                "--pass",
+                "sparsify",
+                "--pass",
+                "share-weights:bits=4",
+                "--seed",
+                "7",
+            )
         assert (place / "one.onnx").read_bytes() == (place / "two.onnx").read_bytes()
 
     def test_the_result_may_replace_an_older_one(self, place: Path) -> None:
@@ -176,7 +200,19 @@ def small(place: Path) -> Path:
 
 class TestVerify:
     def test_within_the_limits(self, small: Path) -> None:
-        result = run("verify", "model.onnx", "small.onnx", "--inputs", "inputs.npz", "--min-sqnr", "10", "--max-drift", "0.3", "--min-agreement", "0.1")
+        result = run(
+            "verify",
+            "model.onnx",
+            "small.onnx",
+            "--inputs",
+            "inputs.npz",
+            "--min-sqnr",
+            "10",
+            "--max-drift",
+            "0.3",
+            "--min-agreement",
+            "0.1",
+        )
         assert (result.exit_code, result.stderr) == (0, "")
         assert "within the limits" in result.stdout
 
@@ -198,7 +234,10 @@ class TestVerify:
 
     def test_for_machines(self, small: Path) -> None:
         found = read_json(run("verify", "model.onnx", "small.onnx", "--inputs", "inputs.npz", "--json"))
-        assert (found["bytes_before"], found["bytes_after"]) == ((small.parent / "model.onnx").stat().st_size, small.stat().st_size)
+        assert (found["bytes_before"], found["bytes_after"]) == (
+            (small.parent / "model.onnx").stat().st_size,
+            small.stat().st_size,
+        )
         assert {"name", "sqnr_db", "cosine", "max_abs", "agreement"} <= found["outputs"][0].keys()
         assert (found["violation"], found["synthetic"], found["samples"]) == (None, False, 20)
 
@@ -307,7 +346,9 @@ class TestDemo:
         result = run("demo")
         assert (result.exit_code, result.stderr) == (0, "")
         assert "top-1 " in result.stdout
-        assert "onnxshrink compress model.onnx -o small.onnx --calib inputs.npz --min-sqnr 30" in " ".join(result.stdout.split())
+        assert "onnxshrink compress model.onnx -o small.onnx --calib inputs.npz --min-sqnr 30" in " ".join(
+            result.stdout.split()
+        )
 
 
 class TestUsage:
@@ -349,7 +390,9 @@ class TestUsage:
             assert (result.exit_code, result.stderr) == (0, "")
             assert "--json" in result.stdout
 
-    def test_an_internal_error_is_one_line_and_the_way_to_more(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_internal_error_is_one_line_and_the_way_to_more(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError("of all things")
 
@@ -367,7 +410,9 @@ def script(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     module, _, function = ENTRY.partition(":")
     code = f"import sys; from {module} import {function}; sys.argv[0] = 'onnxshrink'; sys.exit({function}())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, check=False, **options
+    )
 
 
 class TestProcess:
@@ -388,7 +433,10 @@ class TestProcess:
 
     def test_what_libraries_print_does_not_reach_stdout(self, place: Path) -> None:
         """The ONNX checker warns of experimental ops from C++, on stdout."""
-        nodes = [helper.make_node("ImageScaler", ["x"], ["h"], scale=2.0, bias=[1.0]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+        nodes = [
+            helper.make_node("ImageScaler", ["x"], ["h"], scale=2.0, bias=[1.0]),
+            helper.make_node("MatMul", ["h", "w"], ["y"]),
+        ]
         shapes = [oracle.tensor("x", [1, 1, 4, 64])], [oracle.tensor("y", [1, 1, 4, 64])]
         onnx.save(oracle.make_model(nodes, *shapes, [oracle.value("w", normal(64, 64))], opset=9), "odd.onnx")
         done = script("compress", "odd.onnx", "-o", "small.onnx", "--json")
@@ -402,13 +450,26 @@ class TestProcess:
         read, write = os.pipe()
         os.close(read)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code, "passes"], stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "passes"],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
+        )
         os.close(write)
         assert "Traceback" not in done.stderr
         assert "internal error" not in done.stderr
 
     def test_a_terminal_that_knows_ascii_only_is_no_crash(self, place: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": "ascii",
+            "PYTHONUTF8": "0",
+            "LC_ALL": "C",
+        }
         module, _, function = ENTRY.partition(":")
         code = f"from {module} import {function}; {function}()"
         command = [sys.executable, "-c", code, "compress", "model.onnx", "-o", "small.onnx"]

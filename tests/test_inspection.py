@@ -45,7 +45,9 @@ class TestNumbers:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
     def test_are_those_of_numpy(self, dtype: Any) -> None:
         rng = np.random.default_rng(3)
-        values = rng.choice(np.array([0.0, -0.0, 0.5, -1.5, 2.25, 1e-3], dtype), (32, 16), p=[0.3, 0.1, 0.2, 0.2, 0.1, 0.1])
+        values = rng.choice(
+            np.array([0.0, -0.0, 0.5, -1.5, 2.25, 1e-3], dtype), (32, 16), p=[0.3, 0.1, 0.2, 0.2, 0.1, 0.1]
+        )
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         model = oracle.make_model(
             [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -98,7 +100,12 @@ class TestWork:
         [
             (helper.make_node("MatMul", ["x", "w"], ["y"]), [2, 5, 8], {"w": normal(8, 3)}, {"w": 2 * 5 * 8 * 3}),
             (helper.make_node("MatMul", ["w", "x"], ["y"]), [2, 8, 5], {"w": normal(3, 8)}, {"w": 2 * 3 * 8 * 5}),
-            (helper.make_node("Gemm", ["x", "w", "b"], ["y"]), [4, 8], {"w": normal(8, 3), "b": normal(3)}, {"w": 4 * 8 * 3}),
+            (
+                helper.make_node("Gemm", ["x", "w", "b"], ["y"]),
+                [4, 8],
+                {"w": normal(8, 3), "b": normal(3)},
+                {"w": 4 * 8 * 3},
+            ),
             (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), [4, 8], {"w": normal(3, 8)}, {"w": 4 * 8 * 3}),
             (
                 helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1], strides=[2, 2]),
@@ -169,7 +176,9 @@ class TestWork:
     def test_of_a_branch_that_is_not_taken_is_not_known(self) -> None:
         def branch(name: str) -> onnx.GraphProto:
             node = helper.make_node("MatMul", ["x", f"{name}_w"], [f"{name}_y"])
-            return helper.make_graph([node], name, [], [oracle.tensor(f"{name}_y", [1, 4])], [oracle.value(f"{name}_w", normal(4, 4))])
+            return helper.make_graph(
+                [node], name, [], [oracle.tensor(f"{name}_y", [1, 4])], [oracle.value(f"{name}_w", normal(4, 4))]
+            )
 
         model = oracle.make_model(
             [
@@ -210,7 +219,9 @@ class TestCodes:
         assert info.distinct == 4
         assert info.bits == pytest.approx(8 * info.nbytes / 4096)
         (change,) = small.report.passes[0].changes
-        assert info.nbytes == pytest.approx(change.bytes_after, abs=16)  # the last node's output has the weight's name by now
+        assert info.nbytes == pytest.approx(
+            change.bytes_after, abs=16
+        )  # the last node's output has the weight's name by now
         assert 2 <= info.bits < 3.5  # codes of 2 bits, and a few hundred bytes around them
         assert info.actions == {}
         assert set(info.obstacles) == {"share-weights", "sparsify"}
@@ -269,7 +280,11 @@ def loop(rounds: int) -> onnx.ModelProto:
     body = helper.make_graph(
         [helper.make_node("MatMul", ["h", "w"], ["h_out"]), helper.make_node("Identity", ["go"], ["go_out"])],
         "body",
-        [oracle.tensor("i", [], TensorProto.INT64), oracle.tensor("go", [], TensorProto.BOOL), oracle.tensor("h", [1, 4])],
+        [
+            oracle.tensor("i", [], TensorProto.INT64),
+            oracle.tensor("go", [], TensorProto.BOOL),
+            oracle.tensor("h", [1, 4]),
+        ],
         [oracle.tensor("go_out", [], TensorProto.BOOL), oracle.tensor("h_out", [1, 4])],
         [oracle.value("w", normal(4, 4))],
     )

@@ -50,7 +50,9 @@ def layers(gains: Mapping[str, float], opset: int = 17) -> onnx.ModelProto:
             nodes.append(helper.make_node("Add", [last, f"{name}_y"], [f"{name}_sum"]))
         last = f"{name}_sum" if last else f"{name}_y"
     nodes[-1].output[0] = "y"
-    return oracle.make_model(nodes, [oracle.tensor("x", ["n", WIDTH])], [oracle.tensor("y", ["n", WIDTH])], values, opset=opset)
+    return oracle.make_model(
+        nodes, [oracle.tensor("x", ["n", WIDTH])], [oracle.tensor("y", ["n", WIDTH])], values, opset=opset
+    )
 
 
 MODEL = layers({"a": 1.0, "b": 2.0})
@@ -58,7 +60,9 @@ SINGLE = layers({"a": 1.0})  # no site to spare
 INPUTS = {"x": np.random.default_rng(9).standard_normal((40, WIDTH)).astype(np.float32)}
 
 
-def squeezed(*steps: Pass | Step, model: onnx.ModelProto = MODEL, limit: float | None = None, **options: Any) -> Compressed:
+def squeezed(
+    *steps: Pass | Step, model: onnx.ModelProto = MODEL, limit: float | None = None, **options: Any
+) -> Compressed:
     """Compresses with a limit in dB, or none."""
     return compress(model, steps, calibration=INPUTS, tolerance=Tolerance(min_sqnr_db=limit), **options)
 
@@ -109,7 +113,12 @@ class TestKeeping:
     def test_a_result_within_the_limit_is_kept(self) -> None:
         result = squeezed(Scale(factor=1.001), limit=59)
         step = only(result)
-        assert (step.outcome, step.reason, step.name, step.options) == ("kept", "", "scale", {"factor": 1.001, "steps": 0})
+        assert (step.outcome, step.reason, step.name, step.options) == (
+            "kept",
+            "",
+            "scale",
+            {"factor": 1.001, "steps": 0},
+        )
         assert step.chosen == ("factor",)
         assert step.bytes_before == step.bytes_after == len(UNTOUCHED)
         assert sqnr(MODEL, result.to_model(), INPUTS["x"]) == pytest.approx(60, abs=0.1)
@@ -128,7 +137,9 @@ class TestKeeping:
         assert len(step.skips) == 2
 
     def test_without_changes_in_the_report_edits_do_not_count(self) -> None:
-        result = squeezed(broken("Hides", lambda graph: set_values(big(graph)[0], 3 * big(graph)[0].values), changes=()))
+        result = squeezed(
+            broken("Hides", lambda graph: set_values(big(graph)[0], 3 * big(graph)[0].values), changes=())
+        )
         assert only(result).outcome == "unchanged"
         assert written(result) == UNTOUCHED
 
@@ -142,7 +153,11 @@ class TestKeeping:
         told: list[tuple[str, int, int]] = []
         squeezed(Tidy(), ShareWeights(bits=1), limit=38, progress=lambda *what: told.append(what))
         words = {what for what, _, _ in told}
-        assert {"tidy (1 of 2): rewriting", "share-weights (2 of 2): rewriting", "share-weights (2 of 2): validating"} <= words
+        assert {
+            "tidy (1 of 2): rewriting",
+            "share-weights (2 of 2): rewriting",
+            "share-weights (2 of 2): validating",
+        } <= words
         assert all(0 <= done <= total or total == 0 for _, done, total in told)
 
 
@@ -225,7 +240,9 @@ DAMAGES: list[tuple[Callable[[Graph], Any], str]] = [
 class TestRollback:
     @pytest.mark.parametrize("limit", [None, 20])
     @pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-    def test_of_a_broken_pass_leaves_no_trace(self, damage: Callable[[Graph], Any], reason: str, limit: float | None) -> None:
+    def test_of_a_broken_pass_leaves_no_trace(
+        self, damage: Callable[[Graph], Any], reason: str, limit: float | None
+    ) -> None:
         result = squeezed(broken("Broken", damage), limit=limit)
         step = only(result)
         assert (step.outcome, step.changes) == ("dropped", ())
@@ -246,7 +263,10 @@ class TestRollback:
         assert [step.outcome for step in result.report.passes] == ["unchanged", "dropped", "kept", "dropped"]
         assert written(result) == written(squeezed(good))
         sizes = [(step.bytes_before, step.bytes_after) for step in result.report.passes]
-        assert sizes == [(len(UNTOUCHED),) * 2] * 2 + [(len(UNTOUCHED), len(written(result))), (len(written(result)),) * 2]
+        assert sizes == [(len(UNTOUCHED),) * 2] * 2 + [
+            (len(UNTOUCHED), len(written(result))),
+            (len(written(result)),) * 2,
+        ]
 
     def test_an_interrupt_is_no_failure_of_a_pass(self) -> None:
         def interrupt(graph: Graph) -> None:
@@ -285,7 +305,9 @@ class TestWeakening:
         assert step.outcome == "weakened"
         assert step.options["factor"] == pytest.approx(1.01)
         assert step.options["steps"] == 3
-        assert step.reason.startswith("with factor = 1.01, steps = 3 it stays within the limits; as asked: output 'y': SQNR must be at ")
+        assert step.reason.startswith(
+            "with factor = 1.01, steps = 3 it stays within the limits; as asked: output 'y': SQNR must be at "
+        )
         assert result.report.target_reached
         assert sqnr(MODEL, result.to_model(), INPUTS["x"]) >= 35
 
@@ -306,7 +328,11 @@ class TestWeakening:
             return Report([Change("a", 20, 10, "poisoned")])
 
         endless = dataclass(frozen=True, kw_only=True)(
-            type("Endless", (Scale,), {"apply": apply, "__module__": __name__, "weaker": lambda self: replace(self, factor=self.factor + 1)})
+            type(
+                "Endless",
+                (Scale,),
+                {"apply": apply, "__module__": __name__, "weaker": lambda self: replace(self, factor=self.factor + 1)},
+            )
         )
         step = only(squeezed(endless(factor=1.0)))
         assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -320,12 +346,17 @@ class TestWeakening:
             seen.append(self.steps)
             return fail(graph)
 
-        subject = dataclass(frozen=True, kw_only=True)(type("Fails", (Scale,), {"apply": apply, "__module__": __name__}))
+        subject = dataclass(frozen=True, kw_only=True)(
+            type("Fails", (Scale,), {"apply": apply, "__module__": __name__})
+        )
         assert only(squeezed(subject(steps=5))).outcome == "dropped"
         assert seen == [5]
 
     def test_down_to_nothing_is_a_failure_and_not_a_success(self) -> None:
-        class_body = {"weaker": lambda self: replace(self, factor=1.0) if self.factor != 1 else None, "__module__": __name__}
+        class_body = {
+            "weaker": lambda self: replace(self, factor=1.0) if self.factor != 1 else None,
+            "__module__": __name__,
+        }
         subject = dataclass(frozen=True, kw_only=True)(type("Vanishes", (Scale,), class_body))
         result = squeezed(subject(factor=5.0), limit=30)
         assert only(result).outcome == "dropped"
@@ -346,13 +377,21 @@ class TestSparing:
         reasons = {skip.site: skip.reason for skip in step.skips}
         assert reasons["sore"].startswith("spared: by itself it moves the outputs by ")
         assert "1 of 4 sites were spared to stay within the limits: sore" in step.notes
-        assert step.reason.startswith("with some sites spared it stays within the limits; as asked: output 'y': SQNR must be ")
+        assert step.reason.startswith(
+            "with some sites spared it stays within the limits; as asked: output 'y': SQNR must be "
+        )
         np.testing.assert_array_equal(values_of(result)["sore"], normal(WIDTH, WIDTH, seed=2))
-        assert sqnr(SORE, result.to_model(), INPUTS["x"]) >= 30 > sqnr(SORE, squeezed(Sparsify(pattern="2:4"), model=SORE).to_model(), INPUTS["x"])
+        assert (
+            sqnr(SORE, result.to_model(), INPUTS["x"])
+            >= 30
+            > sqnr(SORE, squeezed(Sparsify(pattern="2:4"), model=SORE).to_model(), INPUTS["x"])
+        )
 
     def test_the_share_in_the_reason_is_the_drift_of_that_site_alone(self) -> None:
         step = only(squeezed(Sparsify(pattern="2:4"), model=SORE, limit=30))
-        told = next(skip.reason for skip in step.skips if skip.site == "sore").removeprefix("spared: by itself it moves the outputs by ")
+        told = next(skip.reason for skip in step.skips if skip.site == "sore").removeprefix(
+            "spared: by itself it moves the outputs by "
+        )
         alone = Step(Sparsify(pattern="2:4"), [Rule("*", skip=True), Rule("sore", skip=False)])
         drift = 10 ** (-sqnr(SORE, squeezed(alone, model=SORE).to_model(), INPUTS["x"]) / 20)
         assert float(told.rstrip("%")) / 100 == pytest.approx(drift, rel=0.1)  # a probe sees eight samples only
@@ -386,7 +425,9 @@ class TestSparing:
         assert only(result).outcome == "dropped"
         assert written(result) == written(to_model(load(SORE)))
 
-    @pytest.mark.parametrize("tolerance", [Tolerance(), Tolerance(min_sqnr_db=10), Tolerance(max_drift=0.5), Tolerance(min_agreement=0.1)])
+    @pytest.mark.parametrize(
+        "tolerance", [Tolerance(), Tolerance(min_sqnr_db=10), Tolerance(max_drift=0.5), Tolerance(min_agreement=0.1)]
+    )
     def test_a_site_that_gives_nan_is_found_whatever_the_limit(self, tolerance: Tolerance) -> None:
         """The other output shows no error at all, which must not hide the NaN of this one."""
         model = layers({"a": 1.0, "b": 1.0})
@@ -401,7 +442,9 @@ class TestSparing:
                     set_values(weight.constant, np.full_like(weight.constant.values, np.nan))
             return report
 
-        subject = dataclass(frozen=True, kw_only=True)(type("Poisons", (Scale,), {"apply": apply, "__module__": __name__}))
+        subject = dataclass(frozen=True, kw_only=True)(
+            type("Poisons", (Scale,), {"apply": apply, "__module__": __name__})
+        )
         result = compress(model, [subject(factor=1.001)], calibration=INPUTS, tolerance=tolerance)
         step = only(result)
         assert step.outcome == "weakened"
@@ -417,7 +460,9 @@ class TestSparing:
             applied.append(len(context.rules))
             return Sparsify.apply(self, graph, context)
 
-        subject = dataclass(frozen=True, kw_only=True)(type("Counted", (Sparsify,), {"apply": apply, "__module__": __name__}))
+        subject = dataclass(frozen=True, kw_only=True)(
+            type("Counted", (Sparsify,), {"apply": apply, "__module__": __name__})
+        )
         squeezed(subject(pattern="2:4"), model=SORE, limit=30)
         assert applied == [0, 2, 2, 2, 2, 1]
 
@@ -437,10 +482,17 @@ class TestRules:
         np.testing.assert_array_equal(found["c"], weight["c"] * np.float32(1.5))
 
     def test_the_last_match_wins(self) -> None:
-        rules = [Rule("*", {"factor": 2.0}), Rule("a", {"factor": 3.0}), Rule("b", skip=True), Rule("?", {"factor": 4.0}, skip=False)]
+        rules = [
+            Rule("*", {"factor": 2.0}),
+            Rule("a", {"factor": 3.0}),
+            Rule("b", skip=True),
+            Rule("?", {"factor": 4.0}, skip=False),
+        ]
         found = values_of(squeezed(Step(Scale(), rules)))
         np.testing.assert_array_equal(found["a"], normal(WIDTH, WIDTH) * np.float32(4))
-        np.testing.assert_array_equal(found["b"], normal(WIDTH, WIDTH, seed=1) * np.float32(4))  # the last match does not skip
+        np.testing.assert_array_equal(
+            found["b"], normal(WIDTH, WIDTH, seed=1) * np.float32(4)
+        )  # the last match does not skip
 
     def test_that_match_nothing_are_told(self) -> None:
         step = only(squeezed(Step(Sparsify(), [Rule("a"), Rule("misspelt*", {"sparsity": 0.9})])))

@@ -130,80 +130,91 @@ RULE = entry(SHARE + "[[pass.rule]]\n")
 
 
 REFUSED = [
-        # keys, one level after the other
-        (of("tolerence = {}"), "recipe: unknown key 'tolerence'; did you mean 'tolerance'? Known: format, pass, tolerance"),
-        (of("[tolerance]\nmin_sqnr = 30"), "recipe, tolerance: unknown key 'min_sqnr'; did you mean 'min-sqnr'? Known: "),
-        (entry('nane = "tidy"'), "recipe, pass 1: unknown key 'nane'; did you mean 'name'? Known: name, options, rule"),
-        (entry("options = {}"), 'recipe, pass 1: name must be given, e.g. name = "share-weights"'),
-        (entry('name = "tidi"'), "recipe, pass 1: unknown pass 'tidi'; did you mean 'tidy'? Known: "),
-        (
-            entry(SHARE + "options = { bit = 3 }"),
-            "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per",
+    # keys, one level after the other
+    (of("tolerence = {}"), "recipe: unknown key 'tolerence'; did you mean 'tolerance'? Known: format, pass, tolerance"),
+    (of("[tolerance]\nmin_sqnr = 30"), "recipe, tolerance: unknown key 'min_sqnr'; did you mean 'min-sqnr'? Known: "),
+    (entry('nane = "tidy"'), "recipe, pass 1: unknown key 'nane'; did you mean 'name'? Known: name, options, rule"),
+    (entry("options = {}"), 'recipe, pass 1: name must be given, e.g. name = "share-weights"'),
+    (entry('name = "tidi"'), "recipe, pass 1: unknown pass 'tidi'; did you mean 'tidy'? Known: "),
+    (
+        entry(SHARE + "options = { bit = 3 }"),
+        "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per",
+    ),
+    (
+        f"{entry(SHARE)}\n[[pass]]\nnmae = 3",
+        "recipe, pass 2: unknown key 'nmae'; did you mean 'name'? Known: name, options, rule",
+    ),
+    (RULE + "matches = '*'", "recipe, pass 1, rule 1: unknown key 'matches'; did you mean 'match'? Known: "),
+    (RULE + "skip = true", 'recipe, pass 1, rule 1: match must be given, e.g. match = "*/layer4/*"'),
+    (
+        RULE + "match = '*'\nskip = true\n[[pass.rule]]\nmatch = '*'\noptions = { bitss = 3 }",
+        "recipe, pass 1, rule 2: share-weights: unknown option 'bitss'; did you mean 'bits'?",
+    ),
+    # types
+    ("format = '1'", "recipe: format must be a number, got '1'"),
+    ("format = 1.0", "recipe: format must be a number, got 1.0"),
+    ("format = true", "recipe: format must be a number, got True"),
+    (of("pass = {}"), "recipe: pass must be a list, got {}"),
+    (of("pass = ['tidy']"), "recipe, pass 1: entry must be a table, got 'tidy'"),
+    (of("tolerance = 30"), "recipe: tolerance must be a table, got 30"),
+    (of(TOLERANCE + "min-sqnr = '30'"), "recipe, tolerance: min-sqnr must be a number, got '30'"),
+    (of(TOLERANCE + "min-sqnr = true"), "recipe, tolerance: min-sqnr must be a number, got True"),
+    (entry("name = 3"), "recipe, pass 1: name must be a string, got 3"),
+    (entry(SHARE + "options = 3"), "recipe, pass 1: options must be a table, got 3"),
+    (entry(SHARE + "options = { bits = 3.0 }"), "recipe, pass 1: share-weights: bits must be a whole number, got 3.0"),
+    (entry(SHARE + "options = { bits = '3' }"), "recipe, pass 1: share-weights: bits must be a whole number, got '3'"),
+    (
+        entry(SHARE + "options = { bits = true }"),
+        "recipe, pass 1: share-weights: bits must be a whole number, got True",
+    ),
+    (entry(SHARE + "rule = {}"), "recipe, pass 1: rule must be a list, got {}"),
+    (entry(SHARE + "rule = ['*']"), "recipe, pass 1, rule 1: entry must be a table, got '*'"),
+    (RULE + "match = 3", "recipe, pass 1, rule 1: match must be a string, got 3"),
+    (RULE + "match = '*'\nskip = 1", "recipe, pass 1, rule 1: skip must be a boolean, got 1"),
+    # values
+    ("format = 2", "recipe: format must be 1, got 2; write: format = 1"),
+    (of(TOLERANCE + "min-agreement = 97"), "recipe, tolerance: min-agreement must be a number from 0 to 1, got 97"),
+    (of(TOLERANCE + "max-drift = -1"), "recipe, tolerance: max-drift must be a number from 0 to 1e+15, got -1"),
+    (of(TOLERANCE + "min-sqnr = nan"), "recipe, tolerance: min-sqnr-db must be a number from -300 to 300, got nan"),
+    (entry(SHARE + "options = { bits = 0 }"), "recipe, pass 1: share-weights: bits must be "),
+    (
+        entry(SHARE + "options = { method = 'best' }"),
+        "recipe, pass 1: share-weights: method must be one of auto, exact, ",
+    ),
+    (
+        entry("name = 'sparsify'\noptions = { pattern = '2:2' }"),
+        "recipe, pass 1: pattern: N of N:M must be at least 1 and below M, got 2:2; 2:4 keeps 2 of 4",
+    ),
+    (RULE + "match = '*'\noptions = { bits = 99 }", "recipe, pass 1, rule 1: share-weights: bits must be "),
+    (
+        entry("name = 'sparsify'\n[[pass.rule]]\nmatch = '*'\noptions = { scope = 'global' }"),
+        "recipe, pass 1, rule 1: sparsify: option 'scope' holds for the whole pass; a rule cannot set it",
+    ),
+    # a rule is checked with the options it joins, not by itself
+    (
+        entry(
+            "name = 'sparsify'\noptions = { pattern = '2:4' }\n[[pass.rule]]\nmatch = '*'\noptions = { sparsity = 0.7 }"
         ),
-        (
-            f"{entry(SHARE)}\n[[pass]]\nnmae = 3",
-            "recipe, pass 2: unknown key 'nmae'; did you mean 'name'? Known: name, options, rule",
-        ),
-        (RULE + "matches = '*'", "recipe, pass 1, rule 1: unknown key 'matches'; did you mean 'match'? Known: "),
-        (RULE + "skip = true", 'recipe, pass 1, rule 1: match must be given, e.g. match = "*/layer4/*"'),
-        (
-            RULE + "match = '*'\nskip = true\n[[pass.rule]]\nmatch = '*'\noptions = { bitss = 3 }",
-            "recipe, pass 1, rule 2: share-weights: unknown option 'bitss'; did you mean 'bits'?",
-        ),
-        # types
-        ("format = '1'", "recipe: format must be a number, got '1'"),
-        ("format = 1.0", "recipe: format must be a number, got 1.0"),
-        ("format = true", "recipe: format must be a number, got True"),
-        (of("pass = {}"), "recipe: pass must be a list, got {}"),
-        (of("pass = ['tidy']"), "recipe, pass 1: entry must be a table, got 'tidy'"),
-        (of("tolerance = 30"), "recipe: tolerance must be a table, got 30"),
-        (of(TOLERANCE + "min-sqnr = '30'"), "recipe, tolerance: min-sqnr must be a number, got '30'"),
-        (of(TOLERANCE + "min-sqnr = true"), "recipe, tolerance: min-sqnr must be a number, got True"),
-        (entry("name = 3"), "recipe, pass 1: name must be a string, got 3"),
-        (entry(SHARE + "options = 3"), "recipe, pass 1: options must be a table, got 3"),
-        (entry(SHARE + "options = { bits = 3.0 }"), "recipe, pass 1: share-weights: bits must be a whole number, got 3.0"),
-        (entry(SHARE + "options = { bits = '3' }"), "recipe, pass 1: share-weights: bits must be a whole number, got '3'"),
-        (entry(SHARE + "options = { bits = true }"), "recipe, pass 1: share-weights: bits must be a whole number, got True"),
-        (entry(SHARE + "rule = {}"), "recipe, pass 1: rule must be a list, got {}"),
-        (entry(SHARE + "rule = ['*']"), "recipe, pass 1, rule 1: entry must be a table, got '*'"),
-        (RULE + "match = 3", "recipe, pass 1, rule 1: match must be a string, got 3"),
-        (RULE + "match = '*'\nskip = 1", "recipe, pass 1, rule 1: skip must be a boolean, got 1"),
-        # values
-        ("format = 2", "recipe: format must be 1, got 2; write: format = 1"),
-        (of(TOLERANCE + "min-agreement = 97"), "recipe, tolerance: min-agreement must be a number from 0 to 1, got 97"),
-        (of(TOLERANCE + "max-drift = -1"), "recipe, tolerance: max-drift must be a number from 0 to 1e+15, got -1"),
-        (of(TOLERANCE + "min-sqnr = nan"), "recipe, tolerance: min-sqnr-db must be a number from -300 to 300, got nan"),
-        (entry(SHARE + "options = { bits = 0 }"), "recipe, pass 1: share-weights: bits must be "),
-        (entry(SHARE + "options = { method = 'best' }"), "recipe, pass 1: share-weights: method must be one of auto, exact, "),
-        (
-            entry("name = 'sparsify'\noptions = { pattern = '2:2' }"),
-            "recipe, pass 1: pattern: N of N:M must be at least 1 and below M, got 2:2; 2:4 keeps 2 of 4",
-        ),
-        (RULE + "match = '*'\noptions = { bits = 99 }", "recipe, pass 1, rule 1: share-weights: bits must be "),
-        (
-            entry("name = 'sparsify'\n[[pass.rule]]\nmatch = '*'\noptions = { scope = 'global' }"),
-            "recipe, pass 1, rule 1: sparsify: option 'scope' holds for the whole pass; a rule cannot set it",
-        ),
-        # a rule is checked with the options it joins, not by itself
-        (
-            entry("name = 'sparsify'\noptions = { pattern = '2:4' }\n[[pass.rule]]\nmatch = '*'\noptions = { sparsity = 0.7 }"),
-            "recipe, pass 1, rule 1: sparsify: sparsity must be 0.5 or left out for 2:4, got 0.7",
-        ),
-        # finds of the fuzz tests, and their kin
-        (of(TOLERANCE + "min-sqnr = 1" + "0" * 400), "recipe, tolerance: min-sqnr-db must be a number from -300 to 300, got 1000"),
-        (
-            entry("name = 'sparsify'\noptions = { sparsity = 1" + "0" * 400 + " }"),
-            "recipe, pass 1: sparsify: sparsity must be a number from 0 to 1, got 1000",
-        ),
-        ("format = 1" + "0" * 5000, "recipe: not valid TOML: Exceeds the limit"),
-        (entry(SHARE + "options = { bits = 0x1" + "0" * 5000 + " }"), "recipe: Exceeds the limit"),
-        (of("pass = " + "[" * 5000), "recipe: not valid TOML: "),
-        (of("format = 1"), "recipe: not valid TOML: "),
-        (
-            entry("name = 'tidy'\noptions = { fold-constants = true, fold_constants = false }"),
-            "recipe, pass 1: tidy: option 'fold-constants' is given twice",
-        ),
-    ]
+        "recipe, pass 1, rule 1: sparsify: sparsity must be 0.5 or left out for 2:4, got 0.7",
+    ),
+    # finds of the fuzz tests, and their kin
+    (
+        of(TOLERANCE + "min-sqnr = 1" + "0" * 400),
+        "recipe, tolerance: min-sqnr-db must be a number from -300 to 300, got 1000",
+    ),
+    (
+        entry("name = 'sparsify'\noptions = { sparsity = 1" + "0" * 400 + " }"),
+        "recipe, pass 1: sparsify: sparsity must be a number from 0 to 1, got 1000",
+    ),
+    ("format = 1" + "0" * 5000, "recipe: not valid TOML: Exceeds the limit"),
+    (entry(SHARE + "options = { bits = 0x1" + "0" * 5000 + " }"), "recipe: Exceeds the limit"),
+    (of("pass = " + "[" * 5000), "recipe: not valid TOML: "),
+    (of("format = 1"), "recipe: not valid TOML: "),
+    (
+        entry("name = 'tidy'\noptions = { fold-constants = true, fold_constants = false }"),
+        "recipe, pass 1: tidy: option 'fold-constants' is given twice",
+    ),
+]
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED, ids=range(len(REFUSED)))
@@ -240,7 +251,11 @@ class TestPassTexts:
             ("tidi", RegistryError, "unknown pass 'tidi'; did you mean 'tidy'?"),
             ("Tidy", RegistryError, "unknown pass 'Tidy'; did you mean 'tidy'?"),
             ("share_weights", RegistryError, "unknown pass 'share_weights'; did you mean 'share-weights'?"),
-            ("share-weights:bits", OptionError, "--pass share-weights: options must be key=value pairs, parted by commas, got 'bits'"),
+            (
+                "share-weights:bits",
+                OptionError,
+                "--pass share-weights: options must be key=value pairs, parted by commas, got 'bits'",
+            ),
             ("share-weights:bits=", OptionError, "share-weights: bits must be a whole number, got ''"),
             ("share-weights:bits=3=4", OptionError, "share-weights: bits must be a whole number, got '3=4'"),
             ("share-weights:bits=33", OptionError, "share-weights: bits must be "),
@@ -256,18 +271,41 @@ class TestPassTexts:
 
 
 def _vocabulary() -> list[str]:
-    words = ["format", "tolerance", "pass", "name", "options", "rule", "match", "skip", "min-sqnr", "max-drift", "min-agreement"]
+    words = [
+        "format",
+        "tolerance",
+        "pass",
+        "name",
+        "options",
+        "rule",
+        "match",
+        "skip",
+        "min-sqnr",
+        "max-drift",
+        "min-agreement",
+    ]
     return [*words, *(info.name for name in pass_names() for info in option_infos(pass_class(name)))]
 
 
 NAMES = st.sampled_from(pass_names())
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, 2, 8, 0.5, 10**400])
-SCALARS = NUMBERS | st.booleans() | st.text(max_size=8) | st.sampled_from(["2:4", "1x4", "0:0", "kmeans", "global", *pass_names()])
+SCALARS = (
+    NUMBERS
+    | st.booleans()
+    | st.text(max_size=8)
+    | st.sampled_from(["2:4", "1x4", "0:0", "kmeans", "global", *pass_names()])
+)
 KEYS = st.sampled_from(_vocabulary()) | st.text(max_size=6)
-TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8)
+TREES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8
+)
 OPTIONS = st.dictionaries(KEYS, SCALARS, max_size=3) | TREES
-RULES = st.fixed_dictionaries({}, optional={"match": st.text(max_size=4) | TREES, "skip": st.booleans() | TREES, "options": OPTIONS})
-STEPS = st.fixed_dictionaries({"name": NAMES | SCALARS}, optional={"options": OPTIONS, "rule": st.lists(RULES, max_size=2) | TREES})
+RULES = st.fixed_dictionaries(
+    {}, optional={"match": st.text(max_size=4) | TREES, "skip": st.booleans() | TREES, "options": OPTIONS}
+)
+STEPS = st.fixed_dictionaries(
+    {"name": NAMES | SCALARS}, optional={"options": OPTIONS, "rule": st.lists(RULES, max_size=2) | TREES}
+)
 LIMITS = st.dictionaries(KEYS, SCALARS, max_size=3) | TREES
 RECIPES = st.fixed_dictionaries(
     {"format": st.just(FORMAT) | SCALARS}, optional={"tolerance": LIMITS, "pass": st.lists(STEPS, max_size=3) | TREES}
@@ -299,13 +337,20 @@ class TestFuzz:
             assert str(error).startswith("recipe")
             return
         assert [step.run.name for step in read.steps] == [step["name"] for step in recipe.get("pass", [])]
-        assert [len(step.rules) for step in read.steps] == [len(step.get("rule", [])) for step in recipe.get("pass", [])]
+        assert [len(step.rules) for step in read.steps] == [
+            len(step.get("rule", [])) for step in recipe.get("pass", [])
+        ]
         for step, given_step in zip(read.steps, recipe.get("pass", []), strict=True):
             for key, value in given_step.get("options", {}).items():
                 assert getattr(step.run, key.replace("-", "_")) == value
 
     @FUZZ
-    @given(st.text() | st.lists(st.sampled_from([*_vocabulary(), "[", "]", "{", "}", "=", "\n", '"', "1", ".", "[[", "]]", "'"])).map("".join))
+    @given(
+        st.text()
+        | st.lists(
+            st.sampled_from([*_vocabulary(), "[", "]", "{", "}", "=", "\n", '"', "1", ".", "[[", "]]", "'"])
+        ).map("".join)
+    )
     def test_any_text_is_read_or_refused(self, text: str) -> None:
         try:
             assert isinstance(parse_recipe(text), Recipe)

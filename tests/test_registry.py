@@ -76,7 +76,9 @@ class TestBuiltIn:
         assert cls() == cls()
 
     def test_an_unknown_name_is_answered_with_the_nearest(self) -> None:
-        with pytest.raises(RegistryError, match=r"^unknown pass 'sparsity'; did you mean 'sparsify'\? Known: ") as caught:
+        with pytest.raises(
+            RegistryError, match=r"^unknown pass 'sparsity'; did you mean 'sparsify'\? Known: "
+        ) as caught:
             pass_class("sparsity")
         assert all(name in str(caught.value) for name in BUILT_IN)
         assert isinstance(caught.value, LookupError)
@@ -111,13 +113,17 @@ class TestThirdParty:
     def test_a_clash_with_a_built_in_pass_names_both_owners(self, install: Install) -> None:
         install("acme", "tidy = acme_passes:Round")
         for ask in (pass_names, lambda: pass_class("tidy"), lambda: pass_class("sparsify"), describe_passes):
-            with pytest.raises(RegistryError, match="^pass 'tidy' is claimed by onnxshrink and by acme; uninstall or rename"):
+            with pytest.raises(
+                RegistryError, match="^pass 'tidy' is claimed by onnxshrink and by acme; uninstall or rename"
+            ):
                 ask()
 
     def test_a_clash_of_two_packages_names_both_owners(self, install: Install) -> None:
         install("acme", "round-weights = acme_passes:Round")
         install("zeta", "round-weights = zeta_passes:Round")
-        with pytest.raises(RegistryError, match="^pass 'round-weights' is claimed by (acme and by zeta|zeta and by acme); "):
+        with pytest.raises(
+            RegistryError, match="^pass 'round-weights' is claimed by (acme and by zeta|zeta and by acme); "
+        ):
             pass_names()
 
     def test_one_package_seen_twice_is_no_clash(self, install: Install) -> None:
@@ -152,7 +158,9 @@ class TestThirdParty:
             (SOURCE, "acme_absent:Round", "ModuleNotFoundError: No module named 'acme_absent'"),
         ],
     )
-    def test_a_package_that_does_not_import_is_named(self, install: Install, source: str, point: str, reason: str) -> None:
+    def test_a_package_that_does_not_import_is_named(
+        self, install: Install, source: str, point: str, reason: str
+    ) -> None:
         install("acme", f"round-weights = {point}", source)
         with pytest.raises(RegistryError) as caught:
             pass_class("round-weights")

@@ -32,7 +32,9 @@ from onnxshrink.testing_models import NEWEST_OPSET, OLDEST_OPSET, awkward_models
 from tests import oracle
 
 MODELS = list(awkward_models())
-FEW_MODELS = [item for item in MODELS if item[0] in ("opset 7", "opset 13", "opset 26") or not item[0].startswith("opset")]
+FEW_MODELS = [
+    item for item in MODELS if item[0] in ("opset 7", "opset 13", "opset 26") or not item[0].startswith("opset")
+]
 SMALL = oracle.make_model(
     [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])],
     [oracle.tensor("x", [1, 8])],
@@ -86,7 +88,9 @@ class TestAwkwardModels:
         assert all(np.isfinite(output).all() for output in running.run(None, oracle.random_feeds(running)))
 
     def test_are_the_same_every_time(self) -> None:
-        assert [model.SerializeToString() for _, model in awkward_models()] == [m.SerializeToString() for _, m in MODELS]
+        assert [model.SerializeToString() for _, model in awkward_models()] == [
+            m.SerializeToString() for _, m in MODELS
+        ]
         other = dict(awkward_models(seed=1))["opset 13"]
         assert other.SerializeToString() != dict(MODELS)["opset 13"].SerializeToString()
 
@@ -117,7 +121,12 @@ class Halve(Pass):
 
 def broken(name: str, **members: Any) -> Pass:
     """Returns a `Halve` of which one member is replaced."""
-    body = {"__doc__": "Halves, badly.", "__module__": __name__, "name": "halve", "__annotations__": {"name": ClassVar[str]}}
+    body = {
+        "__doc__": "Halves, badly.",
+        "__module__": __name__,
+        "name": "halve",
+        "__annotations__": {"name": ClassVar[str]},
+    }
     return dataclass(frozen=True, kw_only=True)(type(name, (Halve,), {**body, **members}))()
 
 
@@ -244,10 +253,16 @@ BROKEN: list[tuple[Pass, str]] = [
         broken("Boasts", apply=reported(lambda r: replace(r, changes=[replace(c, bytes_after=1) for c in r.changes]))),
         "bytes_after - bytes_before must sum to the measured 0 within 24 bytes, got -",
     ),
-    (broken("Invents", apply=after(append_unknown_op)), "its result must be valid ONNX, got: No Op registered for Nonsense"),
+    (
+        broken("Invents", apply=after(append_unknown_op)),
+        "its result must be valid ONNX, got: No Op registered for Nonsense",
+    ),
     (broken("Poisons", apply=set_nan), "outputs must stay finite"),
     (broken("Counts", apply=after(count_up)), "the same input and seed must give the same bytes, threads or not"),
-    (broken("Races", apply=after(depend_on_threads)), "the same input and seed must give the same bytes, threads or not"),
+    (
+        broken("Races", apply=after(depend_on_threads)),
+        "the same input and seed must give the same bytes, threads or not",
+    ),
     (
         broken("Grinds", apply=again_and_again),
         "a second application must change nothing or say why in a note, got ['w', 'v']",

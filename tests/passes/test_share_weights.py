@@ -131,7 +131,9 @@ class TestExact:
         """A bias or an added constant may be stored otherwise, as long as it stays what it is."""
         constant = np.resize(normal(3), (32, 32))
         node = helper.make_node("Add", ["x", "w"], ["y"])
-        model = oracle.make_model([node], [oracle.tensor("x", [32, 32])], [oracle.tensor("y", [32, 32])], [oracle.value("w", constant)])
+        model = oracle.make_model(
+            [node], [oracle.tensor("x", [32, 32])], [oracle.tensor("y", [32, 32])], [oracle.value("w", constant)]
+        )
         result, report = run(ShareWeights(), model)
         assert decoded(result).tobytes() == constant.tobytes()
         model.graph.initializer[0].CopyFrom(oracle.value("w", normal(32, 32)))
@@ -250,7 +252,9 @@ class TestRange:
 
 class TestTypes:
     @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-    @pytest.mark.parametrize(("bits", "method", "per"), [(4, "kmeans", "tensor"), (4, "uniform", "tensor"), (5, "kmeans", "scale")])
+    @pytest.mark.parametrize(
+        ("bits", "method", "per"), [(4, "kmeans", "tensor"), (4, "uniform", "tensor"), (5, "kmeans", "scale")]
+    )
     def test_are_kept(self, dtype: Any, bits: int, method: str, per: str) -> None:
         weight = normal(96, 64, dtype=dtype)
         result, report = run(ShareWeights(bits=bits, method=method, per=per), dense(weight))
@@ -272,7 +276,9 @@ class TestTypes:
         node = helper.make_node("Gather", ["w", "x"], ["y"])
         ids = oracle.tensor("x", [3], TensorProto.INT64)
         values = np.resize(np.arange(5), (100, 8))
-        model = oracle.make_model([node], [ids], [oracle.tensor("y", [3, 8], TensorProto.INT64)], [oracle.value("w", values)])
+        model = oracle.make_model(
+            [node], [ids], [oracle.tensor("y", [3, 8], TensorProto.INT64)], [oracle.value("w", values)]
+        )
         _, report = run(ShareWeights(), model)
         assert [skip.reason for skip in report.skips] == ["holds int64 values, not floating point"]
 
@@ -291,7 +297,12 @@ class TestSize:
     def test_never_grows(self) -> None:
         grown, kept = [], 0
         for count in (2, 5, 20, 60, 100, 200, 300, 500, 1000, 3000):
-            for subject in (ShareWeights(), ShareWeights(bits=1), ShareWeights(bits=8, per="channel"), ShareWeights(bits=16)):
+            for subject in (
+                ShareWeights(),
+                ShareWeights(bits=1),
+                ShareWeights(bits=8, per="channel"),
+                ShareWeights(bits=16),
+            ):
                 model = dense(normal(count, 2))
                 result, report = run(subject, model)
                 grown += [(count, subject)] if result.ByteSize() > model.ByteSize() else []
@@ -302,7 +313,9 @@ class TestSize:
         assert grown == []
         assert 10 < kept < 40  # both happened
 
-    @pytest.mark.parametrize("subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)])
+    @pytest.mark.parametrize(
+        "subject", [ShareWeights(bits=4), ShareWeights(bits=3, method="uniform"), ShareWeights(bits=16)]
+    )
     @pytest.mark.parametrize("opset", OPSETS)
     def test_nothing_is_left_to_decode_at_run_time(self, tmp_path: Path, subject: ShareWeights, opset: int) -> None:
         model = dense(normal(128, 64), opset)
@@ -347,7 +360,9 @@ class TestSites:
         sizes = np.geomspace(0.01, 100, weight[axis]).astype(np.float32)
         values = normal(*weight) * sizes.reshape([-1 if at == axis else 1 for at in range(len(weight))])
         rank = max(len(shape), len(weight))
-        model = oracle.make_model([node], [oracle.tensor("x", shape)], [oracle.tensor("y", [None] * rank)], [oracle.value("w", values)])
+        model = oracle.make_model(
+            [node], [oracle.tensor("x", shape)], [oracle.tensor("y", [None] * rank)], [oracle.value("w", values)]
+        )
         result, _ = run(ShareWeights(bits=4, method="uniform", per="channel"), model)
         rows = np.moveaxis(values, axis, 0).reshape(weight[axis], -1)
         grid = fit_grid(rows, 4)
@@ -358,25 +373,35 @@ class TestSites:
     def test_a_grouped_transposed_convolution_has_no_channel_axis(self) -> None:
         values = normal(8, 16, 3, 3)
         node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2)
-        model = oracle.make_model([node], [oracle.tensor("x", [1, 8, 5, 5])], [oracle.tensor("y", [1, 32, 7, 7])], [oracle.value("w", values)])
+        model = oracle.make_model(
+            [node], [oracle.tensor("x", [1, 8, 5, 5])], [oracle.tensor("y", [1, 32, 7, 7])], [oracle.value("w", values)]
+        )
         result, _ = run(ShareWeights(bits=4, method="kmeans", per="channel"), model)
         np.testing.assert_array_equal(decoded(result), quantized(values, 4, "kmeans", "tensor"))
 
     def test_a_tied_weight_is_stored_once(self) -> None:
         nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
-        model = oracle.make_model(nodes, [oracle.tensor("x", [1, 64])], [oracle.tensor("y", [1, 64])], [oracle.value("w", normal(64, 64))])
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", [1, 64])], [oracle.tensor("y", [1, 64])], [oracle.value("w", normal(64, 64))]
+        )
         result, report = run(ShareWeights(bits=4), model)
         assert [change.site for change in report.changes] == ["w"]
         assert [name for name in initializers(result) if "codes" in name] == ["w.codes"]
 
     def test_rules_set_each_layer_by_itself(self) -> None:
         names = ["a", "b", "c", "d"]
-        nodes = [helper.make_node("MatMul", [source, name], [f"{name}_out"], name=f"node_{name}") for source, name in zip("xabc", names, strict=True)]
+        nodes = [
+            helper.make_node("MatMul", [source, name], [f"{name}_out"], name=f"node_{name}")
+            for source, name in zip("xabc", names, strict=True)
+        ]
         for node, source in zip(nodes[1:], names, strict=False):
             node.input[0] = f"{source}_out"
         values = {name: normal(64, 64, seed=index) for index, name in enumerate(names)}
         model = oracle.make_model(
-            nodes, [oracle.tensor("x", [1, 64])], [oracle.tensor("d_out", [1, 64])], [oracle.value(*item) for item in values.items()]
+            nodes,
+            [oracle.tensor("x", [1, 64])],
+            [oracle.tensor("d_out", [1, 64])],
+            [oracle.value(*item) for item in values.items()],
         )
         rules = [Rule("b", {"bits": 3, "per": "tensor"}), Rule("node_c", skip=True), Rule("d_out", {"bits": 16})]
         result, report = run(ShareWeights(bits=2, method="kmeans", per="tensor"), model, *rules)

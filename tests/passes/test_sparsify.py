@@ -149,20 +149,29 @@ class TestPatterns:
     def test_n_of_m_in_a_kernel_run_through_channels_then_positions(self) -> None:
         weight = normal(4, 3, 3, 3)
         node = helper.make_node("Conv", ["x", "w"], ["y"])
-        model = oracle.make_model([node], [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        model = oracle.make_model(
+            [node], [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)]
+        )
         found, _, _ = run(Sparsify(pattern="2:4"), model)
         np.testing.assert_array_equal(found["w"], keep_n_of_m(weight.reshape(4, 27), 1, 2, 4).reshape(weight.shape))
 
     def test_n_of_m_behind_a_transpose(self) -> None:
         weight = normal(6, 18)
-        nodes = [helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])]
-        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        nodes = [
+            helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
+            helper.make_node("MatMul", ["x", "t"], ["y"]),
+        ]
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)]
+        )
         found, _, _ = run(Sparsify(pattern="2:4"), model)
         np.testing.assert_array_equal(found["w"], keep_n_of_m(weight, 1, 2, 4))
 
     @settings(deadline=None, max_examples=40)
     @given(*[st.integers(1, 4)] * 2, *[st.integers(2, 11)] * 2, st.floats(0, 1))
-    def test_blocks_of_least_root_mean_square_go(self, high: int, wide: int, outputs: int, inputs: int, share: float) -> None:
+    def test_blocks_of_least_root_mean_square_go(
+        self, high: int, wide: int, outputs: int, inputs: int, share: float
+    ) -> None:
         weight = normal(inputs, outputs, dtype=np.float64)
         found, _, _ = run(Sparsify(pattern=f"{high}x{wide}", sparsity=share), chain(weight, dtype=TensorProto.DOUBLE))
         rows = weight.T  # [outputs, inputs]: blocks are counted there
@@ -201,7 +210,9 @@ class TestOutputs:
                 return smallest(rows, rows.size // 2)
             if pattern == "2:4":
                 return keep_n_of_m(rows, 1, 2, 4)
-            blocks = [(slice(top, top + 4), column) for top in range(0, len(rows), 4) for column in range(rows.shape[1])]
+            blocks = [
+                (slice(top, top + 4), column) for top in range(0, len(rows), 4) for column in range(rows.shape[1])
+            ]
             result = rows.copy()
             strength = [np.sqrt(np.mean(rows[block].astype(np.float64) ** 2)) for block in blocks]
             for at in np.argsort(np.float32(strength), kind="stable")[: len(blocks) // 2]:
@@ -219,7 +230,9 @@ class TestSites:
     def test_a_tied_weight_is_changed_once_for_all(self) -> None:
         weight = normal(8, 8)
         nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
-        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)]
+        )
         found, report, _ = run(Sparsify(), model)
         np.testing.assert_array_equal(found["w"], smallest(weight, 32))
         assert [change.site for change in report.changes] == ["w"]
@@ -227,13 +240,18 @@ class TestSites:
     def test_tied_uses_that_disagree_allow_only_what_has_no_direction(self) -> None:
         weight = normal(8, 8)
         nodes = [helper.make_node("Gemm", ["x", "w"], ["h"]), helper.make_node("Gemm", ["h", "w"], ["y"], transB=1)]
-        model = oracle.make_model(nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)])
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", None)], [oracle.tensor("y", None)], [oracle.value("w", weight)]
+        )
         found, _, _ = run(Sparsify(), model)
         np.testing.assert_array_equal(found["w"], smallest(weight, 32))
         for pattern in ("2:4", "2x2"):
             found, report, _ = run(Sparsify(pattern=pattern), model)
             np.testing.assert_array_equal(found["w"], weight)
-            assert report.skips[0].reason == f"its uses disagree on what the reduction axis is, so {pattern} has no meaning"
+            assert (
+                report.skips[0].reason
+                == f"its uses disagree on what the reduction axis is, so {pattern} has no meaning"
+            )
 
     def test_what_is_left_alone_says_why(self) -> None:
         spoilt = normal(4, 4, seed=5)
@@ -279,7 +297,9 @@ class TestSites:
         assert ShareWeights(bits=4).apply(graph, Context()).changes
         before = to_model(graph).SerializeToString(deterministic=True)
         report = Sparsify().apply(graph, Context())
-        assert [(skip.site, skip.reason) for skip in report.skips] == [("w0", "is stored as codes; sparsify before sharing")]
+        assert [(skip.site, skip.reason) for skip in report.skips] == [
+            ("w0", "is stored as codes; sparsify before sharing")
+        ]
         assert to_model(graph).SerializeToString(deterministic=True) == before
 
     def test_rules_set_each_layer_by_itself(self) -> None:
@@ -310,10 +330,16 @@ class TestOptions:
             ({"sparsity": 1.5}, "sparsify: sparsity must be a number from 0 to 1, got 1.5"),
             ({"scope": "model"}, "sparsify: scope must be one of layer, global, got 'model'"),
             ({"pattern": "2:4", "sparsity": 0.6}, "sparsify: sparsity must be 0.5 or left out for 2:4, got 0.6"),
-            ({"pattern": "1:4", "scope": "global"}, "sparsify: scope must be layer for 1:4, which fixes every group, got 'global'"),
+            (
+                {"pattern": "1:4", "scope": "global"},
+                "sparsify: scope must be layer for 1:4, which fixes every group, got 'global'",
+            ),
             ({"pattern": "4:4"}, "pattern: N of N:M must be at least 1 and below M, got 4:4"),
             ({"pattern": "0x4"}, "pattern: sides of a block must be at least 1, got 0x4"),
-            ({"pattern": "blocks"}, "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got 'blocks'"),
+            (
+                {"pattern": "blocks"},
+                "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got 'blocks'",
+            ),
         ],
     )
     def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:

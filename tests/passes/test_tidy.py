@@ -161,17 +161,27 @@ class TestIdentity:
         assert unchanged_outputs(original, result)
 
     def test_of_a_graph_output_stays(self) -> None:
-        original = model([node("Relu", "x -> h"), node("Identity", "h -> y"), node("Identity", "x -> z")], {}, outputs={"y": (1, [1, 8]), "z": (1, [1, 8])})
+        original = model(
+            [node("Relu", "x -> h"), node("Identity", "h -> y"), node("Identity", "x -> z")],
+            {},
+            outputs={"y": (1, [1, 8]), "z": (1, [1, 8])},
+        )
         result, report = tidied(original)
         assert ops(result) == ["Relu", "Identity", "Identity"]
         assert not report.changes
 
     def test_in_a_body_is_removed_but_for_its_output(self) -> None:
         def branch(name: str) -> onnx.GraphProto:
-            nodes = [node("Identity", f"x -> {name}_i"), node("Relu", f"{name}_i -> {name}_r"), node("Identity", f"{name}_r -> {name}_y")]
+            nodes = [
+                node("Identity", f"x -> {name}_i"),
+                node("Relu", f"{name}_i -> {name}_r"),
+                node("Identity", f"{name}_r -> {name}_y"),
+            ]
             return helper.make_graph(nodes, name, [], [oracle.tensor(f"{name}_y", [1, 8])])
 
-        original = model([helper.make_node("If", ["go"], ["y"], then_branch=branch("a"), else_branch=branch("b"))], {"go": True})
+        original = model(
+            [helper.make_node("If", ["go"], ["y"], then_branch=branch("a"), else_branch=branch("b"))], {"go": True}
+        )
         result, report = tidied(original)
         assert sorted(details(report)) == ["y.else_branch/b_i", "y.then_branch/a_i"]
         inner = [attribute.g for attribute in result.graph.node[0].attribute]
@@ -217,7 +227,9 @@ class TestDropout:
 
     @pytest.mark.parametrize("opset", [11, 17])
     def test_whose_mask_is_read_stays(self, opset: int) -> None:
-        read = model([node("Dropout", "x -> d mask"), node("Cast", "mask -> m", to=1), node("Add", "d m -> y")], {}, opset=opset)
+        read = model(
+            [node("Dropout", "x -> d mask"), node("Cast", "mask -> m", to=1), node("Add", "d m -> y")], {}, opset=opset
+        )
         shown = model(
             [node("Dropout", "x -> d mask"), node("Relu", "d -> y")],
             {},
@@ -301,10 +313,15 @@ class TestConstantFolding:
     def test_computes_the_output_of_a_branch(self) -> None:
         def branch(name: str) -> onnx.GraphProto:
             values = [oracle.value(f"{name}_v", normal(8, seed=len(name)))]
-            return helper.make_graph([node("Neg", f"{name}_v -> {name}_y")], name, [], [oracle.tensor(f"{name}_y", [8])], values)
+            return helper.make_graph(
+                [node("Neg", f"{name}_v -> {name}_y")], name, [], [oracle.tensor(f"{name}_y", [8])], values
+            )
 
         original = model(
-            [helper.make_node("If", ["go"], ["h"], then_branch=branch("yes"), else_branch=branch("no")), node("Add", "x h -> y")],
+            [
+                helper.make_node("If", ["go"], ["h"], then_branch=branch("yes"), else_branch=branch("no")),
+                node("Add", "x h -> y"),
+            ],
             {"go": True},
         )
         result, report = tidied(original)
@@ -321,7 +338,9 @@ class TestConstantFolding:
 
 def normalised(op: str = "Conv", bias: bool = True, **attributes: Any) -> onnx.ModelProto:
     weights = {"w": normal(4, 6, 3, 3) if op == "ConvTranspose" else normal(6, 4, 3, 3)}
-    statistics = {name: np.abs(normal(6, seed=seed)) + np.float32(0.5) for seed, name in enumerate(("s", "b", "m", "v"), 5)}
+    statistics = {
+        name: np.abs(normal(6, seed=seed)) + np.float32(0.5) for seed, name in enumerate(("s", "b", "m", "v"), 5)
+    }
     return model(
         [node(op, f"x w {'c' if bias else ''} -> h"), node("BatchNormalization", "h s b m v -> y", **attributes)],
         {**weights, **({"c": normal(6)} if bias else {}), **statistics},
@@ -349,7 +368,8 @@ class TestBatchNormalization:
         old = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in original.graph.initializer}
         result, _ = tidied(original)
         weight, bias = (
-            next(numpy_helper.to_array(t) for t in result.graph.initializer if t.name == result.graph.node[0].input[at]) for at in (1, 2)
+            next(numpy_helper.to_array(t) for t in result.graph.initializer if t.name == result.graph.node[0].input[at])
+            for at in (1, 2)
         )
         factor = old["s"] / np.sqrt(old["v"] + 1e-3)
         np.testing.assert_array_equal(weight, (old["w"] * factor[:, None, None, None]).astype(np.float32))
@@ -398,7 +418,11 @@ class TestDuplicates:
     )
     def test_must_agree_in_type_shape_and_bits(self, one: Array, other: Array) -> None:
         cast = [node("Cast", "b -> f", to=1), node("Add", "h f -> y")]
-        original = model([node("Add", "x a -> h"), *cast], {"a": one, "b": other}, outputs={"y": (1, list((one + other + np.ones((1, 8))).shape))})
+        original = model(
+            [node("Add", "x a -> h"), *cast],
+            {"a": one, "b": other},
+            outputs={"y": (1, list((one + other + np.ones((1, 8))).shape))},
+        )
         result, report = tidied(original, Tidy(fold_constants=False))
         assert names(result) == {"a", "b"}
         assert not report.changes
@@ -418,9 +442,13 @@ class TestDuplicates:
     def test_of_different_branches_stay_in_theirs(self) -> None:
         def branch(name: str) -> onnx.GraphProto:
             values = [oracle.value(f"{name}_w", normal(8, 8))]
-            return helper.make_graph([node("MatMul", f"x {name}_w -> {name}_y")], name, [], [oracle.tensor(f"{name}_y", [1, 8])], values)
+            return helper.make_graph(
+                [node("MatMul", f"x {name}_w -> {name}_y")], name, [], [oracle.tensor(f"{name}_y", [1, 8])], values
+            )
 
-        original = model([helper.make_node("If", ["go"], ["y"], then_branch=branch("a"), else_branch=branch("b"))], {"go": True})
+        original = model(
+            [helper.make_node("If", ["go"], ["y"], then_branch=branch("a"), else_branch=branch("b"))], {"go": True}
+        )
         result, report = tidied(original)
         assert not report.changes
         assert unchanged_outputs(original, result)
@@ -446,7 +474,11 @@ class TestNotes:
         original = self.chatty(5000)
         result, report = tidied(original, Tidy(strip_notes=True))
         assert original.ByteSize() - result.ByteSize() > 15_000
-        assert (result.doc_string, result.graph.doc_string, result.metadata_props[0].value) == ("keep this", "keep this", "abc")
+        assert (result.doc_string, result.graph.doc_string, result.metadata_props[0].value) == (
+            "keep this",
+            "keep this",
+            "abc",
+        )
         assert not result.graph.node[1].metadata_props
         assert [attribute.g.node[0].doc_string for attribute in result.graph.node[0].attribute] == ["", ""]
         assert {change.detail for change in report.changes} == {"notes on nodes dropped"}
