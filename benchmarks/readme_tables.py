@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from onnxshrink.report import format_share
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,7 +27,7 @@ def share_8bit(figures: dict[str, Any]) -> list[str]:
             lines.append(f"| {row['name']} | {row['error']} |||||||")
             continue
         sqnr = "exact" if row["sqnr_db"] >= 300 else f"{row['sqnr_db']:.1f}"
-        agreement = "–" if row["agreement"] is None else f"{row['agreement']:.1%}"
+        agreement = "–" if row["agreement"] is None else format_share(row["agreement"])
         lines.append(
             f"| {row['name']} | {row['bytes_before']:,} | {row['bytes_after']:,} | {row['ratio']:.2f} | {sqnr} | {agreement} "
             f"| {row['seconds']:.1f} | {row['peak_mb']:.0f} |"

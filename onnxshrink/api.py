@@ -25,30 +25,27 @@ from onnxshrink import __version__
 from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Pass, Step
 from onnxshrink.errors import OptionError, must
+from onnxshrink.evidence import Evidence, gather, samples_for
 from onnxshrink.graph.check import strictest_level
 from onnxshrink.graph.coded import expand_coded
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import ModelSource, load, materialised, model_bytes, save, source_paths
 from onnxshrink.graph.ir import Graph
-from onnxshrink.inputs import InputSource, Samples, read_inputs
+from onnxshrink.inputs import InputSource
 from onnxshrink.inspection import Inspection, inspect_graph
 from onnxshrink.latency import LatencyReport
 from onnxshrink.latency import bench as measure_latency
 from onnxshrink.pipeline import Candidate, Settings, run_steps
 from onnxshrink.recipe import Recipe, default_recipe
-from onnxshrink.report import CompressionReport
-from onnxshrink.runtime import Session, session
-from onnxshrink.synthetic import synthetic_samples
+from onnxshrink.report import CompressionReport, PassReport
+from onnxshrink.runtime import session
 from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
 
 __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expand", "inspect", "verify"]
 
 Progress = Callable[[str, int, int], None]
-_SYNTHETIC_SAMPLES = 8
-_PROBING_SAMPLES = 8
 _FEW_SAMPLES = 32  # below it, one unlucky input more or less changes the SQNR by decibels
-_HELD_OUT_SHARE = 0.25  # of the given inputs: passes never see what the result is judged on
 _PACKAGES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 
 
@@ -158,43 +155,25 @@ def compress(
     graph = load(model)
     sources = _sources(model, graph)
     report_progress("running the original", 0, 0)
-    with session(graph, role="original") as running:
-        samples, synthetic = _samples(graph, running, calibration, seed)
-        given, judged = _split(samples) if not synthetic else (None, samples)
-        reference = Reference(graph, judged, running=running)
+    evidence = gather(graph, calibration, seed)
     with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor:
         level, complaint = strictest_level(original)
-        start = Candidate(graph, nbytes, compare(reference, original, metrics=metrics))
+        start = Candidate(graph, nbytes, compare(evidence.reference, original, metrics=metrics))
         limits.violation(start.comparison)  # raises, before any long work, where a limit has no meaning for this model
         settings = Settings(
-            reference=reference,
-            probe=functools.cache(lambda: Reference(graph, (judged if given is None else given)[:_PROBING_SAMPLES])),
+            reference=evidence.reference,
+            probe=functools.cache(lambda: Reference(graph, evidence.probing)),
             metrics=metrics or {},
             tolerance=limits,
             level=level,
             seed=seed,
-            activations=Calibration(given) if given is not None else None,
+            activations=Calibration(evidence.given) if evidence.given is not None else None,
             executor=executor,
             progress=report_progress,
         )
         result, steps = run_steps(start, recipe.steps, settings)
-    report = CompressionReport(
-        model=_name(model, graph),
-        bytes_before=nbytes,
-        bytes_after=result.nbytes,
-        tolerance=limits,
-        inputs=samples.source,
-        validation_samples=len(judged),
-        calibration_samples=len(given) if given is not None else 0,
-        synthetic=synthetic,
-        seed=seed,
-        passes=steps,
-        outputs=result.comparison.outputs,
-        accuracy=result.comparison.accuracy,
-        metrics=result.comparison.metrics,
-        notes=_notes(synthetic, limits, complaint, start.comparison, given, judged),
-        versions={"onnxshrink": __version__, **{package: version(package) for package in _PACKAGES}},
-    )
+    notes = _notes(evidence, limits, complaint, start.comparison)
+    report = _report(_name(model, graph), start, result, steps, evidence, limits, seed, notes)
     return Compressed(result.graph, report, sources)
 
 
@@ -220,10 +199,10 @@ def verify(
     limits = tolerance or Tolerance()
     first, second = load(original), load(candidate)
     with session(first, role="original") as running:
-        samples, synthetic = _samples(first, running, inputs, seed)
+        samples, synthetic = samples_for(first, running, inputs, seed)
         reference = Reference(first, samples, running=running)
     comparison = compare(reference, second, metrics=metrics)
-    violation = comparison.failure or limits.violation(comparison)
+    violation = limits.violation(comparison)
     return Verification(comparison, violation, samples.source, synthetic, _nbytes(first), _nbytes(second))
 
 
@@ -261,7 +240,7 @@ def bench(
     """
     first, second = load(a), load(b)
     with session(first, role="original") as running:
-        samples, _ = _samples(first, running, inputs, seed)
+        samples, _ = samples_for(first, running, inputs, seed)
     return measure_latency(first, second, samples, seconds=seconds, threads=threads)
 
 
@@ -277,30 +256,43 @@ def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> R
     return Recipe(tuple(item if isinstance(item, Step) else Step(item) for item in passes))
 
 
-def _samples(graph: Graph, running: Session, inputs: InputSource | None, seed: int) -> tuple[Samples, bool]:
-    """Returns the samples, and whether they are synthetic."""
-    if inputs is not None:
-        return read_inputs(inputs, running.inputs), False
-    return synthetic_samples(graph, running, _SYNTHETIC_SAMPLES, seed), True
+def _report(
+    name: str,
+    start: Candidate,
+    result: Candidate,
+    steps: Sequence[PassReport],
+    evidence: Evidence,
+    limits: Tolerance,
+    seed: int,
+    notes: Sequence[str],
+) -> CompressionReport:
+    return CompressionReport(
+        model=name,
+        bytes_before=start.nbytes,
+        bytes_after=result.nbytes,
+        tolerance=limits,
+        inputs=evidence.source,
+        validation_samples=len(evidence.judged),
+        calibration_samples=len(evidence.given) if evidence.given is not None else 0,
+        synthetic=evidence.synthetic,
+        seed=seed,
+        passes=steps,
+        outputs=result.comparison.outputs,
+        accuracy=result.comparison.accuracy,
+        metrics=result.comparison.metrics,
+        notes=notes,
+        versions={"onnxshrink": __version__, **{package: version(package) for package in _PACKAGES}},
+    )
 
 
-def _split(samples: Samples) -> tuple[Samples | None, Samples]:
-    """Returns (for passes, for judging); a single sample is for judging."""
-    if len(samples) < 2:
-        return None, samples
-    return samples.split(1 - _HELD_OUT_SHARE)
-
-
-def _notes(
-    synthetic: bool, limits: Tolerance, complaint: str | None, itself: Comparison, given: Samples | None, judged: Samples
-) -> list[str]:
+def _notes(evidence: Evidence, limits: Tolerance, complaint: str | None, itself: Comparison) -> list[str]:
     notes = []
-    if synthetic:
+    if evidence.synthetic:
         notes.append("inputs are synthetic: they show that the result runs, and little of its quality; pass real ones as calibration")
-    elif given is None:
+    elif evidence.given is None:
         notes.append("one input was given: it judges the result, and passes worked without calibration data")
-    if given is not None and len(judged) < _FEW_SAMPLES:
-        notes.append(f"the result was judged on {len(judged)} inputs only: on others the outputs may differ by more")
+    if evidence.given is not None and len(evidence.judged) < _FEW_SAMPLES:
+        notes.append(f"the result was judged on {len(evidence.judged)} inputs only: on others the outputs may differ by more")
     if not limits.is_set:
         notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")
     if complaint is not None:

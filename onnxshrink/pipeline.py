@@ -233,8 +233,6 @@ def _validate(graph: Graph, report: Report, settings: Settings) -> _Attempt:
         return _Attempt(report, None, str(error))
     except Exception as error:  # third-party code may leave behind what protobuf does not take
         return _Attempt(report, None, f"its result cannot be written: {type(error).__name__}: {error}")
-    if comparison.failure is not None:
-        return _Attempt(report, None, comparison.failure, too_far=True)
     violation = settings.tolerance.violation(comparison)
     if violation is not None:
         return _Attempt(report, None, violation, too_far=True)

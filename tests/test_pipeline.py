@@ -452,19 +452,42 @@ class TestSparing:
         reasons = {skip.site: skip.reason for skip in step.skips}
         assert reasons["bad"] == "spared: by itself it makes the model fail, or give NaN or infinity"
 
-    def test_only_the_number_of_probes_is_spent_that_is_needed(self) -> None:
-        """One attempt as asked, one probe for each site, one attempt without the sore one."""
-        applied = []
+    @pytest.mark.parametrize(
+        ("gains", "rounds"),
+        [
+            ({"a": 1.0, "sore": 100.0, "b": 1.0}, [0, 2, 2, 2, 1]),
+            ({"a": 1.0, "sore": 100.0, "b": 1.0, "ill": 99.0}, [0, 2, 2, 2, 2, 2]),  # the limit says at once that both must go
+        ],
+    )
+    def test_no_more_is_tried_than_is_needed(self, gains: dict[str, float], rounds: list[int]) -> None:
+        """One attempt as asked, one probe for each site, one attempt without the sore ones; rules tell them apart."""
+        applied, subject = counted(Sparsify)
+        step = only(squeezed(subject(pattern="2:4"), model=layers(gains), limit=30))
+        assert step.outcome == "weakened"
+        assert applied == rounds
 
-        def apply(self: Sparsify, graph: Graph, context: Context) -> Report:
-            applied.append(len(context.rules))
-            return Sparsify.apply(self, graph, context)
+    def test_what_has_just_failed_is_not_tried_again(self) -> None:
+        """Four equal layers err alike, so the whole errs twice as much as squares that add up say."""
+        model = layers(dict.fromkeys("abcd", 1.0))
+        for tensor in model.graph.initializer:
+            if tensor.name in "abcd":
+                tensor.CopyFrom(oracle.value(tensor.name, normal(WIDTH, WIDTH)))
+        applied, subject = counted(Scale)
+        step = only(compress(model, [subject(factor=1.01)], calibration=INPUTS, tolerance=Tolerance(max_drift=0.008)))
+        assert step.outcome == "weakened"
+        assert applied[:5] == [0, 2, 2, 2, 2]
+        assert 0 not in applied[1:]
 
-        subject = dataclass(frozen=True, kw_only=True)(
-            type("Counted", (Sparsify,), {"apply": apply, "__module__": __name__})
-        )
-        squeezed(subject(pattern="2:4"), model=SORE, limit=30)
-        assert applied == [0, 2, 2, 2, 2, 1]
+
+def counted(base: type[Pass]) -> tuple[list[int], type[Any]]:
+    """Returns a list that grows by the number of rules each time the pass, a `base` otherwise, is applied."""
+    applied: list[int] = []
+
+    def apply(self: Pass, graph: Graph, context: Context) -> Report:
+        applied.append(len(context.rules))
+        return base.apply(self, graph, context)
+
+    return applied, dataclass(frozen=True, kw_only=True)(type("Counted", (base,), {"apply": apply, "__module__": __name__}))
 
 
 def values_of(result: Compressed) -> dict[str, Array]:
