@@ -20,6 +20,7 @@ import pytest
 from onnx import helper
 from typer.testing import CliRunner, Result
 
+import onnxshrink
 from onnxshrink import api, cli
 from onnxshrink.registry import describe_passes, pass_names
 from tests import oracle
@@ -389,6 +390,10 @@ class TestUsage:
             result = run(command, flag)
             assert (result.exit_code, result.stderr) == (0, "")
             assert "--json" in result.stdout
+
+    def test_the_version_is_told(self) -> None:
+        result = run("--version")
+        assert (result.exit_code, result.stdout, result.stderr) == (0, f"onnxshrink {onnxshrink.__version__}\n", "")
 
     def test_an_internal_error_is_one_line_and_the_way_to_more(
         self, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,7 @@ class TestRules:
                 Rule,
                 st.sampled_from(["*", "a", "b", "a*", "*b", "?"]),
                 st.dictionaries(st.sampled_from(["level", "width"]), st.integers(0, 9)),
-                st.booleans(),
+                st.none() | st.booleans(),
             ),
             max_size=6,
         ),
@@ -108,7 +108,7 @@ class TestRules:
         skip = False
         for rule in rules:
             if fits[rule.match]:
-                expected, skip = {**expected, **rule.options}, rule.skip
+                expected, skip = {**expected, **rule.options}, skip if rule.skip is None else rule.skip
         got = Context(rules=rules).options(Dial(level=5, width=5), [name])
         assert got == (None if skip else Dial(**expected))
 

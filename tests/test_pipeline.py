@@ -456,7 +456,10 @@ class TestSparing:
         ("gains", "rounds"),
         [
             ({"a": 1.0, "sore": 100.0, "b": 1.0}, [0, 2, 2, 2, 1]),
-            ({"a": 1.0, "sore": 100.0, "b": 1.0, "ill": 99.0}, [0, 2, 2, 2, 2, 2]),  # the limit says at once that both must go
+            (
+                {"a": 1.0, "sore": 100.0, "b": 1.0, "ill": 99.0},
+                [0, 2, 2, 2, 2, 2],
+            ),  # the limit says at once that both must go
         ],
     )
     def test_no_more_is_tried_than_is_needed(self, gains: dict[str, float], rounds: list[int]) -> None:
@@ -465,6 +468,21 @@ class TestSparing:
         step = only(squeezed(subject(pattern="2:4"), model=layers(gains), limit=30))
         assert step.outcome == "weakened"
         assert applied == rounds
+
+    def test_sites_that_depend_on_each_other_are_not_probed_one_by_one(self) -> None:
+        applied, subject = counted(Sparsify)
+        step = only(squeezed(subject(scope="global", sparsity=0.3), model=SORE, limit=120))
+        assert step.outcome == "dropped"
+        assert len(applied) > 1
+        assert set(applied) == {0}
+
+    @pytest.mark.parametrize("member", ["weaker", "spared", "with_options"])
+    def test_a_pass_that_fails_on_the_way_is_dropped(self, member: str) -> None:
+        body = {member: lambda *_: 1 / 0, "__module__": __name__}
+        subject = dataclass(frozen=True, kw_only=True)(type("Fails", (Scale,), body))
+        result = squeezed(Step(subject(factor=2.0), [Rule("a", {"factor": 1.5})]), Scale(factor=1.0001), limit=30)
+        assert [step.outcome for step in result.report.passes] == ["dropped", "kept"]
+        assert result.report.passes[0].reason == "it raised ZeroDivisionError: division by zero"
 
     def test_what_has_just_failed_is_not_tried_again(self) -> None:
         """Four equal layers err alike, so the whole errs twice as much as squares that add up say."""
@@ -487,7 +505,9 @@ def counted(base: type[Pass]) -> tuple[list[int], type[Any]]:
         applied.append(len(context.rules))
         return base.apply(self, graph, context)
 
-    return applied, dataclass(frozen=True, kw_only=True)(type("Counted", (base,), {"apply": apply, "__module__": __name__}))
+    return applied, dataclass(frozen=True, kw_only=True)(
+        type("Counted", (base,), {"apply": apply, "__module__": __name__})
+    )
 
 
 def values_of(result: Compressed) -> dict[str, Array]:

@@ -311,6 +311,15 @@ class TestSites:
         np.testing.assert_array_equal(found["w2"], weights[2])  # matched by the node that reads it
         assert [(skip.site, skip.reason) for skip in report.skips] == [("w2", "left alone by a rule")]
 
+    def test_a_rule_may_ask_for_another_kind_of_pattern(self) -> None:
+        """N:M implies its own sparsity, so that of the pass does not hold for the layer any more."""
+        weights = [normal(8, 8, seed=index) for index in range(2)]
+        found, _, _ = run(Sparsify(sparsity=0.9), chain(*weights), Rule("w1", {"pattern": "2:4"}))
+        np.testing.assert_array_equal(found["w0"], smallest(weights[0], 57))
+        np.testing.assert_array_equal(found["w1"], keep_n_of_m(weights[1], 0, 2, 4))
+        with pytest.raises(OptionError, match="sparsity must be 0.5 or left out for 2:4, got 0.7"):
+            run(Sparsify(), chain(*weights), Rule("w1", {"pattern": "2:4", "sparsity": 0.7}))
+
     def test_a_layer_with_options_of_its_own_does_not_compete(self) -> None:
         weights = [normal(8, 8, seed=index) for index in range(3)]
         found, _, _ = run(Sparsify(sparsity=0.5, scope="global"), chain(*weights), Rule("w1", {"sparsity": 0.25}))

@@ -523,3 +523,29 @@ def test_weaker_is_without_the_rewrite_that_rounds() -> None:
     weaker = Tidy(strip_notes=True).weaker()
     assert weaker == Tidy(strip_notes=True, fold_batch_norm=False)
     assert weaker.weaker() is None
+
+
+class TestOverrides:
+    """Since IR version 4, an initializer that is listed as a graph input may be replaced by the caller."""
+
+    def test_of_what_is_folded_or_unused_are_told(self) -> None:
+        original = model([node("Neg", "w -> n"), node("MatMul", "x n -> y")], {"w": normal(8, 8), "idle": normal(9)})
+        original.graph.input.extend([oracle.tensor("w", [8, 8]), oracle.tensor("idle", [9])])
+        result, report = tidied(original)
+        assert [value.name for value in result.graph.input] == ["x"]
+        assert report.notes == [
+            f"'{name}' is no longer a graph input that callers can override" for name in ("w", "idle")
+        ]
+
+    @pytest.mark.parametrize(("ir_version", "expected"), [(8, ["Conv", "BatchNormalization"]), (3, ["Conv"])])
+    def test_of_a_batch_normalization_keep_it(self, ir_version: int, expected: list[str]) -> None:
+        """Before IR version 4 every initializer had to be listed, so that says nothing."""
+        original = normalised()
+        original.graph.input.extend(oracle.tensor(tensor.name, tensor.dims) for tensor in original.graph.initializer)
+        original.ir_version = ir_version
+        original.opset_import[0].version = 8
+        graph = load(original)
+        report = Tidy().apply(graph, Context())
+        assert [entry.op for entry in graph.nodes] == expected
+        reason = "BatchNormalization stays: callers can override its parameters, which are listed as graph inputs"
+        assert reasons(report) == ({"y": reason} if ir_version == 8 else {})
