@@ -43,7 +43,7 @@ AnyModel = str | os.PathLike[str] | bytes | onnx.ModelProto | Graph
 Role = Literal["original", "candidate"]
 
 _ERRORS: dict[Role, type[ShrinkError]] = {"original": UnsupportedModelError, "candidate": ValidationError}
-_LONGEST_REASON = 300
+_LONGEST_REASON = 500
 _FATAL = 4  # OrtLoggingLevel: everything less goes to stderr from C++; what matters comes as an exception
 _ELEMENT = re.compile(r"(?:optional\()?tensor\((\w+)\)\)?")
 _SEQUENCE_OF_MAPS = re.compile(r"(?:seq\()?map\((\w+),tensor\((\w+)\)\)\)?")

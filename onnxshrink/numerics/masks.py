@@ -59,7 +59,7 @@ class Pattern:
         """
         if text == "unstructured":
             return cls("unstructured")
-        found = re.fullmatch(r"([0-9]+)([:x])([0-9]+)", text)
+        found = re.fullmatch(r"([0-9]{1,6})([:x])([0-9]{1,6})", text)
         if not found:
             raise OptionError(must("pattern", "text", "unstructured, N:M such as 2:4 or NxM such as 1x4", repr(text)))
         return cls("n:m" if found[2] == ":" else "block", int(found[1]), int(found[3]))
