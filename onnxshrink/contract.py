@@ -28,6 +28,8 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import numpy as np
 
 from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.weights import Weight
+from onnxshrink.numerics.gram import Gram, PairedGram
 from onnxshrink.options import check_options
 
 __all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip", "Step"]
@@ -72,7 +74,7 @@ class Report:
 
 
 class Activations(Protocol):
-    """Calibration data, seen from a pass. Nothing runs before `samples` is called."""
+    """Calibration data, seen from a pass. Nothing runs before the first value is asked for."""
 
     @property
     def count(self) -> int:
@@ -80,6 +82,26 @@ class Activations(Protocol):
 
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, np.ndarray[Any, np.dtype[Any]]]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name."""
+
+    def grams(self, graph: Graph, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Gram]]:
+        """Yields the moments, over all samples, of what each weight is multiplied with.
+
+        In the order in which the graph runs; weights that meet the same values come together and share one Gram object. Weights
+        that have no `onnxshrink.graph.lowering` are left out: `lowerings` there says why.
+        """
+
+    def paired_grams(
+        self, graph: Graph, weights: Sequence[Weight], original: Graph
+    ) -> Iterator[tuple[Weight, PairedGram]]:
+        """Yields, in the manner of `grams`, the moments of what weights meet now together with what they met originally.
+
+        ``graph`` is a copy of ``original`` in which some constants have new values; ``weights`` are of it.
+        """
+
+    def row_counts(
+        self, graph: Graph, weights: Sequence[Weight]
+    ) -> Iterator[tuple[Weight, np.ndarray[Any, np.dtype[Any]]]]:
+        """Yields how often, over all samples, Gather looks up each row of a weight that is its table: int64 [rows]."""
 
 
 @dataclass(frozen=True)

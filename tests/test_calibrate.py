@@ -1,8 +1,10 @@
-"""Tests of activations: values against numpy, what may be named, laziness, and that only what is needed runs."""
+"""Tests of activations and Gram matrices: values against numpy, laziness, memory, and that only what is needed runs."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,9 @@ from onnxshrink.contract import Activations
 from onnxshrink.errors import PassError, ValidationError
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph, Variable
+from onnxshrink.graph.weights import weights
 from onnxshrink.inputs import Feeds, Samples
+from onnxshrink.numerics.gram import Gram, GramSum, PairedGram, PairedGramSum
 from onnxshrink.runtime import Session, session
 from tests import corpus
 
@@ -189,3 +193,278 @@ def test_a_large_external_model_needs_no_message(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     (values,) = Calibration(data(1)).samples(load(tmp_path / "m.onnx"), ["h"])
     np.testing.assert_allclose(values["h"], data(1)[0]["x"] @ weight, rtol=1e-5, atol=1e-5)
+
+
+TWO_LAYERS = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 3] x) => (float[N, 2] y, float[N, 2] z)
+    <float[3, 4] first = {1, -2, 3, 4, 5, -6, 1, 2, 3, 4, 5, 6}, float[3, 2] other = {1, 2, 3, 4, 5, 6}, float[2] bias = {1, 2},
+     float[4, 2] last = {1, 2, 3, 4, 5, 6, 7, 8}>
+    { n = Neg(x) h = MatMul(n, first) a = Relu(h) b = MatMul(a, last) y = Add(b, bias) z = Gemm(n, other) }"""
+
+
+def grams(calibration: Calibration, graph: Graph) -> dict[str, Gram]:
+    return {weight.site: gram for weight, gram in calibration.grams(graph, weights(graph))}
+
+
+def dense(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    wide = rows.astype(np.float64)
+    return wide.T @ wide
+
+
+def test_grams_are_those_of_the_inputs_of_layers_over_all_samples() -> None:
+    calibration: Activations = Calibration(data())
+    graph = load(parser.parse_model(TWO_LAYERS))
+    found = {weight.site: gram for weight, gram in calibration.grams(graph, weights(graph)[::-1])}
+    assert list(found) == ["first", "other", "last"]  # as the graph runs; a bias is multiplied with nothing
+    n = np.concatenate([-feeds["x"] for feeds in data()])
+    a = np.concatenate([values["a"] for values in calibration.samples(graph, ["a"])])
+    assert found["first"] is found["other"]  # MatMul and Gemm of one tensor
+    for rows, gram in ((n, found["first"]), (a, found["last"])):
+        np.testing.assert_allclose(gram.matrix[0], dense(rows), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gram.mean[0], rows.mean(axis=0), rtol=1e-5, atol=1e-6)
+        assert gram.count == len(rows) == 6
+
+
+@pytest.mark.parametrize(("memory", "sessions"), [(1, 3), (1 << 30, 2)])
+def test_layers_that_do_not_fit_in_memory_together_take_turns(
+    memory: int, sessions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Graph] = []
+    expected = grams(Calibration(data()), load(parser.parse_model(TWO_LAYERS)))
+    monkeypatch.setattr(calibrate, "session", lambda *args: [started.append(args[0]), session(*args)][1])
+    found = grams(Calibration(data(), memory=memory), load(parser.parse_model(TWO_LAYERS)))
+    assert len(started) == sessions  # one that asks for shapes, one a group
+    assert list(found) == list(expected)
+    for site, gram in found.items():
+        np.testing.assert_array_equal(gram.matrix, expected[site].matrix)
+
+
+def test_the_shape_of_activations_decides_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Graph] = []
+    monkeypatch.setattr(calibrate, "session", lambda *args: [started.append(args[0]), session(*args)][1])
+    sums = GramSum.nbytes(1, 3) + GramSum.nbytes(1, 4)
+    activations = 4 * 2 * (3 + 4)  # n and a
+    for memory, sessions in ((sums + activations, 2), (sums + activations - 1, 3)):
+        started.clear()
+        grams(Calibration(data(), memory=memory), load(parser.parse_model(TWO_LAYERS)))
+        assert len(started) == sessions
+
+
+def test_grams_of_one_layer_start_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Graph] = []
+    monkeypatch.setattr(calibrate, "session", lambda *args: [started.append(args[0]), session(*args)][1])
+    graph = load(parser.parse_model(TWO_LAYERS))
+    waiting = Calibration(data()).grams(graph, weights(graph)[-1:])
+    assert not started
+    assert len(list(waiting)) == len(started) == 1
+    assert list(Calibration(data()).grams(graph, [])) == []
+
+
+def test_edits_between_grams_change_nothing() -> None:
+    graph = load(parser.parse_model(TWO_LAYERS))
+    expected = grams(Calibration(data()), graph)
+    for weight, gram in Calibration(data(), memory=1).grams(graph, weights(graph)):
+        np.testing.assert_array_equal(gram.matrix, expected[weight.site].matrix)
+        weight.constant.values = weight.constant.values * 0
+        graph.nodes[0].op = "NoSuchOp"
+
+
+def test_a_tied_weight_sums_over_its_uses() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 2] x) => (float[N, 2] y) <float[2, 2] w = {1, 2, 3, -4}>
+        { a = MatMul(x, w) y = MatMul(a, w) }"""
+    graph = load(parser.parse_model(text))
+    samples = data(shape=(5, 2))
+    ((_, gram),) = Calibration(samples).grams(graph, weights(graph))
+    rows = [array for values in Calibration(samples).samples(graph, ["x", "a"]) for array in values.values()]
+    np.testing.assert_allclose(gram.matrix[0], dense(np.concatenate(rows)), rtol=1e-5)
+    assert gram.count == 30
+
+
+@pytest.mark.parametrize("name", ["y", ""])
+def test_hidden_states_that_the_model_does_not_name(name: str) -> None:
+    model = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]> g (float[S, 1, 2] x) => (float[1, 1, 2] last)
+        { y, last = LSTM<hidden_size = 2>(x, w, r) }""")
+    arrays = {name: np.random.default_rng(0).standard_normal((1, 8, 2)).astype(np.float32) for name in ("w", "r")}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    samples = data(shape=(4, 1, 2))
+    before = [
+        np.vstack([np.zeros((1, 2)), y["y"][:-1, 0, 0]]) for y in Calibration(samples).samples(load(model), ["y"])
+    ]
+    model.graph.node[0].output[0] = name
+    graph = load(model)
+    found = grams(Calibration(samples), graph)
+    np.testing.assert_allclose(found["r"].matrix[0], sum(map(dense, before)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["w"].matrix[0], sum(dense(feeds["x"][:, 0]) for feeds in samples), rtol=1e-5)
+    assert graph.nodes[0].outputs[0].name == name
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    graph = load(parser.parse_model(TWO_LAYERS.replace("a = Relu(h)", "zero = Sub(h, h) a = Div(h, zero)")))
+    with pytest.raises(ValidationError, match=r"^calibration: input 'a' of a layer: values must be finite, got a NaN"):
+        grams(Calibration(data()), graph)
+
+
+def edited(graph: Graph, *names: str) -> Graph:
+    """Returns a copy in which the named constants are rounded coarsely."""
+    copy = graph.copy()
+    for constant in copy.constants:
+        if constant.name in names:
+            step = np.abs(constant.values).max() / 3
+            constant.values = (np.rint(constant.values / step) * step).astype(constant.dtype)
+    return copy
+
+
+def pairs(calibration: Calibration, graph: Graph, original: Graph) -> dict[str, PairedGram]:
+    return {weight.site: pair for weight, pair in calibration.paired_grams(graph, weights(graph), original)}
+
+
+def check_pair(pair: PairedGram, before: list[np.ndarray[Any, Any]], now: list[np.ndarray[Any, Any]]) -> None:
+    """Compares with dense float64 products of positions [count, columns] of one group."""
+    first, second = (np.concatenate(rows).astype(np.float64) for rows in (before, now))
+    assert pair.now.count == len(first) == len(second)
+    assert pair.cross.dtype == pair.before_mean.dtype == np.float64
+    np.testing.assert_allclose(pair.now.matrix[0], second.T @ second, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pair.cross[0], first.T @ second, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pair.before_mean[0], first.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pair.now.mean[0], second.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_hold_what_layers_meet_now_and_met_before() -> None:
+    calibration: Activations = Calibration(data())
+    original = load(parser.parse_model(TWO_LAYERS))
+    graph = edited(original, "first", "bias")
+    found = {
+        weight.site: (weight, pair) for weight, pair in calibration.paired_grams(graph, weights(graph)[::-1], original)
+    }
+    assert list(found) == ["first", "other", "last"]
+    assert found["first"][1] is found["other"][1]
+    assert all(any(weight.constant is constant for constant in graph.constants) for weight, _ in found.values())
+    before, now = ([values["a"] for values in calibration.samples(one, ["a"])] for one in (original, graph))
+    assert np.abs(np.concatenate(before) - np.concatenate(now)).max() > 0.1
+    check_pair(found["last"][1], before, now)
+    rows = [-feeds["x"] for feeds in data()]
+    check_pair(found["first"][1], rows, rows)  # nothing before it has changed
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 30])
+def test_pairs_of_equal_graphs_are_grams(memory: int) -> None:
+    graph = load(parser.parse_model(TWO_LAYERS))
+    expected = grams(Calibration(data()), graph)
+    found = pairs(Calibration(data(), memory=memory), graph.copy(), graph)
+    assert list(found) == list(expected)
+    for site, pair in found.items():
+        np.testing.assert_array_equal(pair.now.matrix, expected[site].matrix)
+        np.testing.assert_allclose(pair.cross, pair.now.matrix, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(pair.before_mean, pair.now.mean, rtol=1e-6)
+
+
+def test_pairs_of_layers_that_do_not_fit_in_memory_together_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Graph] = []
+    monkeypatch.setattr(calibrate, "session", lambda *args: [started.append(args[0]), session(*args)][1])
+    original = load(parser.parse_model(TWO_LAYERS))
+    sums = PairedGramSum.nbytes(1, 3) + PairedGramSum.nbytes(1, 4)
+    activations = 2 * 4 * 2 * (3 + 4)  # n and a, of both graphs
+    for memory, sessions in ((sums + activations, 1 + 2), (sums + activations - 1, 1 + 4)):
+        started.clear()
+        pairs(Calibration(data(), memory=memory), edited(original, "first"), original)
+        assert len(started) == sessions  # one that asks for shapes, two a group
+
+
+def test_pairs_of_groups_and_of_a_tied_weight() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[1, 4, 5] x) => (float[1, 4, 5] y)
+        { e = Conv<kernel_shape = [1]>(x, point)
+          a = Conv<group = 2, pads = [1, 1]>(e, wide) y = Conv<group = 2, pads = [1, 1]>(a, wide) }"""
+    rng = np.random.default_rng(0)
+    model = parser.parse_model(text)
+    for name, shape in (("point", (4, 4, 1)), ("wide", (4, 2, 3))):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        )
+    original = load(model)
+    graph = edited(original, "point")
+    calibration = Calibration(data(shape=(1, 4, 5)))
+    pair = pairs(calibration, graph, original)["wide"]
+    cross, mean = np.zeros((2, 6, 6)), np.zeros((2, 6))
+    for before, now in zip(
+        calibration.samples(original, ["e", "a"]), calibration.samples(graph, ["e", "a"]), strict=True
+    ):
+        for name in ("e", "a"):
+            first, second = (np.pad(values[name][0].astype(np.float64), ((0, 0), (1, 1))) for values in (before, now))
+            for group, at in itertools.product(range(2), range(5)):
+                x, moved = (rows[2 * group : 2 * group + 2, at : at + 3].ravel() for rows in (first, second))
+                cross[group] += np.outer(x, moved)
+                mean[group] += x / 30
+    assert pair.now.count == 30
+    np.testing.assert_allclose(pair.cross, cross, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pair.before_mean, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_pairs_need_runs_in_either_graph() -> None:
+    original = load(
+        parser.parse_model(TWO_LAYERS.replace("y = Add(b, bias)", "s = Shape(b) t = Mul(s, s) y = Reshape(b, t)"))
+    )
+    graph = edited(original, "first")
+    assert len(pairs(Calibration(data()), graph, original)) == 3
+
+
+def test_samples_of_pairs_are_read_once() -> None:
+    read: list[int] = []
+    original = load(parser.parse_model(TWO_LAYERS))
+    samples = Samples(lambda index: [read.append(index), data()[index]][1], range(3), "test")
+    only = [weight for weight in weights(original) if weight.site == "last"]
+    list(Calibration(samples).paired_grams(original, only, original))
+    assert read == [0, 1, 2]
+
+
+def test_pairs_of_another_model_are_refused() -> None:
+    graph = load(parser.parse_model(TWO_LAYERS))
+    for text in (
+        TWO_LAYERS.replace("last", "ultima"),
+        TWO_LAYERS.replace("z = Gemm(n, other)", "z = Gemm<alpha = 2.0>(n, other)"),
+    ):
+        with pytest.raises(
+            PassError, match=r"^calibration: the original does not multiply with '\w+' as its copy does$"
+        ):
+            pairs(Calibration(data()), graph, load(parser.parse_model(text)))
+
+
+def test_activations_that_change_their_shape_have_no_pairs() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 2] x) => (float[K, 2] y)
+        <float[2, 2] first = {1, 2, 3, -4}, float[2, 2] last = {1, 2, 3, 4}, float[2] ones = {1, 1}>
+        { a = MatMul(x, first) s = MatMul(a, ones) zero = Sub(s, s) c = Greater(s, zero) k = Compress<axis = 0>(a, c) y = MatMul(k, last) }"""
+    original = load(parser.parse_model(text))
+    graph = original.copy()
+    graph.constants[0].values = -original.constants[0].values
+    expected = r"^calibration: input 'k' of a layer has shape \[\d, 2\] in the original and \[\d, 2\] in its copy: they cannot be"
+    with pytest.raises(ValidationError, match=expected):
+        pairs(Calibration(data(shape=(5, 2))), graph, original)
+
+
+def test_rows_that_are_looked_up_are_counted() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (int64[2, 3] x) => (float[2, 3, 2] y, float[1, 2] z)
+        <float[5, 2] table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, int64[1] fixed = {-1}, float[2, 2] unused = {1, 2, 3, 4}>
+        { y = Gather(table, x) z = Gather(table, fixed) }"""
+    graph = load(parser.parse_model(text))
+    ids = [np.array([[0, 1, 1], [-1, 2, 1]]), np.array([[0, 0, 0], [-5, 4, 4]])]
+    calibration: Activations = Calibration(Samples(lambda index: {"x": ids[index]}, range(2), "test"))
+    ((weight, counts),) = calibration.row_counts(graph, weights(graph))
+    assert weight.site == "table"
+    assert counts.tolist() == [5, 3, 1, 0, 5]
+    assert list(calibration.row_counts(graph, [])) == list(calibration.grams(graph, weights(graph))) == []
+
+
+def test_every_convolution_of_a_real_model_has_a_gram() -> None:
+    path = corpus.model_path("squeezenet_fp32up")
+    if not path.exists():
+        pytest.skip(corpus.ABSENT)
+    graph = load(path)
+    with session(path, role="original") as running:
+        feeds = corpus.sample("squeezenet_fp32up", [spec.name for spec in running.inputs if not spec.optional])
+    found = grams(Calibration(Samples(lambda index: feeds, range(1), "test")), graph)
+    kernels = {node.inputs[1].name: node.inputs[1].shape for node in graph.nodes if node.op == "Conv"}
+    assert found.keys() == kernels.keys()
+    assert len(kernels) == 26
+    for site, gram in found.items():
+        assert gram.matrix.shape == (1, *[np.prod(kernels[site][1:])] * 2)
+        eigenvalues = np.linalg.eigvalsh(gram.matrix[0])
+        assert eigenvalues[0] >= -1e-5 * eigenvalues[-1]
+        assert eigenvalues[-1] > 0
