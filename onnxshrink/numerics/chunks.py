@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
-__all__ = ["CHUNK", "Array", "chunks", "map_chunks", "tiles"]
+__all__ = ["CHUNK", "Array", "chunk_pairs", "chunks", "map_chunks", "tiles"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 1 << 20  # elements: temporaries of eight bytes each stay in the last-level cache
@@ -25,6 +25,13 @@ def chunks(values: Array, size: int = CHUNK) -> Iterator[Array]:
     """Yields 1-D pieces of at most `size` elements that together are `values`, in the order of memory."""
     with np.nditer(values, flags=_FLAGS, order="K", buffersize=size) as pieces:
         yield from cast(Iterable[Array], pieces)
+
+
+def chunk_pairs(values: Array, others: Array, size: int = CHUNK) -> Iterator[tuple[Array, Array]]:
+    """Yields `chunks` of two arrays of one shape, the elements of both in the same order."""
+    ways: list[list[Literal["readonly"]]] = [["readonly"], ["readonly"]]
+    with np.nditer([values, others], flags=_FLAGS, op_flags=ways, order="K", buffersize=size) as pieces:
+        yield from cast(Iterable[tuple[Array, Array]], pieces)
 
 
 def map_chunks(

@@ -23,7 +23,7 @@ from onnxshrink.numerics.lloyd import (
     uniform_centers,
 )
 from onnxshrink.numerics.optimal_kmeans import optimal_centers
-from onnxshrink.numerics.sketches import Sketch, sketch
+from onnxshrink.numerics.sketches import LEAST_IMPORTANCE, Sketch, check_importance, sketch
 
 __all__ = ["kmeans_1d", "kmeans_rows", "nearest", "nearest_rows"]
 
@@ -66,7 +66,7 @@ def kmeans_1d(values: Sketch | Array, k: int, keep_zero: bool = False) -> Array:
     return np.unique(_codebooks(points, weights, k, max(_FEWEST_GROUPS, _OPTIMAL_WORK // k), keep_zero))
 
 
-def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False) -> Array:
+def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False, importance: Array | None = None) -> Array:
     """Returns a codebook of small squared error for each row; all rows iterate together.
 
     Up to 64 entries, errors stay within a hundredth of the least. With more, Lloyd's iteration starts from companded
@@ -76,12 +76,14 @@ def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False) -> Array:
         matrix: [rows, cols >= 1], one of the four float dtypes.
         k: most entries a row, at least 1.
         keep_zero: whether exactly 0.0 must be among the entries of each row.
+        importance: [cols] what a squared error in each column costs, see `sketch`.
 
     Returns:
         float64 [rows, k], ascending; a row with fewer distinct values repeats its last entry.
 
     Raises:
-        ValueError: k below 1, no matrix, no column, another dtype, or a value that is not finite.
+        ValueError: k below 1, no matrix, no column, another dtype, or a value that is not finite; importance that is
+            negative or does not fit.
     """
     owner = "kmeans_rows"
     if k < 1:
@@ -89,18 +91,25 @@ def kmeans_rows(matrix: Array, k: int, keep_zero: bool = False) -> Array:
     if matrix.ndim != 2 or not matrix.shape[1]:
         raise ValueError(must(owner, "matrix", "2-D with a column at least", f"shape {matrix.shape}"))
     check_finite(owner, matrix)
+    if importance is not None:
+        matrix, importance = _important(owner, matrix, importance)
     codebooks = np.empty((matrix.shape[0], k))
     if matrix.shape[1] > CHUNK:
         for row, target in zip(matrix, codebooks, strict=True):
-            entries = kmeans_1d(row, k, keep_zero)
+            entries = kmeans_1d(sketch(row, importance), k, keep_zero)
             target[:] = np.pad(entries, (0, k - entries.size), mode="edge")
         return codebooks
     groups = min(_ROW_GROUPS, max(_ROW_GROUPS // 4, 8 * k)) if k <= _ROW_GROUPS // 4 else 0
     for rows, _ in tiles(matrix.shape, _ROWS_SIZE):
         # C order, because sorting and every gather of the iteration walk along rows
         points = np.array(matrix[rows], dtype=np.float64 if matrix.dtype == np.float64 else np.float32, order="C")
-        points.sort(axis=1)
-        codebooks[rows] = _last_repeated(_codebooks(points, np.ones(points.shape), k, groups, keep_zero))
+        if importance is None:
+            weights = np.ones(points.shape)
+            points.sort(axis=1)
+        else:
+            order = np.argsort(points, axis=1)
+            points, weights = np.take_along_axis(points, order, axis=1), importance[order]
+        codebooks[rows] = _last_repeated(_codebooks(points, weights, k, groups, keep_zero))
     return codebooks
 
 
@@ -158,6 +167,17 @@ def nearest_rows(matrix: Array, codebooks: Array) -> Codes:
             for target, row, limit in zip(codes[rows, cols], block, limits[rows], strict=True):
                 target[:] = np.searchsorted(limit, row)
     return codes
+
+
+def _important(owner: str, matrix: Array, importance: Array) -> tuple[Array, Array | None]:
+    """Returns the columns that matter, all of them where none does, and their importance relative to the greatest."""
+    check_importance(owner, importance, matrix.shape[1:])
+    weights = np.broadcast_to(importance.astype(np.float64), matrix.shape[1:])
+    if not weights.any():
+        return matrix, None
+    weights = weights / weights.max()
+    columns = weights > LEAST_IMPORTANCE
+    return (matrix if columns.all() else matrix[:, columns]), weights[columns]
 
 
 def _codebooks(points: Array, weights: Array, k: int, groups: int, keep_zero: bool) -> Array:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxshrink.numerics.chunks import chunks, map_chunks, tiles
+from onnxshrink.numerics.chunks import chunk_pairs, chunks, map_chunks, tiles
 
 LAYOUTS = {
     "c": lambda a: a,
@@ -35,6 +35,15 @@ class TestLayouts:
         assert all(piece.ndim == 1 and 0 < piece.size <= 7 and piece.dtype == dtype for piece in pieces)
         joined = np.concatenate([*pieces, array.ravel()[:0]])
         assert sorted(joined.tolist()) == sorted(array.ravel().tolist())
+
+    def test_pairs_belong_together(self, layout, dtype):
+        array = self.array(layout, dtype)
+        for other in (array.astype(np.float64) * 2, np.asfortranarray(array) * np.float64(2)):
+            pieces = [(piece.copy(), twin.copy()) for piece, twin in chunk_pairs(array, other, 7)]
+            assert all(0 < piece.size <= 7 for piece, _ in pieces)
+            assert all(np.array_equal(piece.astype(np.float64) * 2, twin) for piece, twin in pieces)
+            joined = np.concatenate([*(piece for piece, _ in pieces), array.ravel()[:0]])
+            assert sorted(joined.tolist()) == sorted(array.ravel().tolist())
 
     def test_map_keeps_places(self, layout, dtype):
         array = self.array(layout, dtype)

@@ -35,6 +35,13 @@ def squared_error(values, codebook):
     return float(np.square(values - codebook[places]).sum())
 
 
+def weighted_error(matrix, importance, codebook):
+    """Summed over values, each taken to its nearest entry, times what its column matters."""
+    values = matrix.astype(np.float64)
+    places = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, values)
+    return float((np.square(values - codebook[places]) * importance).sum())
+
+
 def samples(name, size, dtype=np.float32, seed=0):
     return DISTRIBUTIONS[name](np.random.default_rng(seed), size).astype(dtype)
 
@@ -98,6 +105,29 @@ class TestKmeans:
         assert kmeans_1d(np.array([5.0, 6, 9, 9]), 3, keep_zero=True).tolist() == [0, 5.5, 9]
         assert kmeans_1d(np.array([5.0, 6, 9, 9]), 1, keep_zero=True).tolist() == [0]
 
+    @given(few_numbers, st.data(), st.integers(1, 4), st.booleans(), st.sampled_from(FLOATS))
+    def test_no_codebook_errs_less_where_values_matter_unequally(self, values, data, k, keep_zero, dtype):
+        values = sorted(values)
+        weights = data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 64]), min_size=len(values), max_size=len(values)))
+        weights[0] = 64  # the greatest: importance is relative to it
+        codebook = kmeans_1d(sketch(np.array(values, dtype), np.array(weights, np.float32)), k, keep_zero)
+        used = [(value, weight / 64) for value, weight in zip(values, weights, strict=True) if weight]
+        points, masses = zip(*used, strict=True)
+        error = error_of(points, masses, codebook.tolist())
+        assert abs(error - least_error(points, masses, k, keep_zero)) < 1e-12
+
+    @pytest.mark.parametrize("name", DISTRIBUTIONS)
+    @pytest.mark.parametrize("k", [4, 64])
+    def test_importance_pays_where_it_varies(self, name, k):
+        rng = np.random.default_rng(1)
+        matrix, importance = samples(name, (200, 500)), np.exp(2 * rng.standard_normal(500))
+        matrix = (matrix * np.where(importance > 1, 1, 2)).astype(np.float32)
+        errors = [
+            weighted_error(matrix, importance, codebook)
+            for codebook in (kmeans_1d(sketch(matrix, importance), k), kmeans_1d(matrix, k))
+        ]
+        assert errors[0] <= errors[1] * 1.001
+
     def test_bad_arguments_are_refused(self):
         with pytest.raises(ValueError, match="kmeans_1d: k must be at least 1, got 0"):
             kmeans_1d(np.ones(3), 0)
@@ -126,6 +156,40 @@ class TestKmeansRows:
         for row, codebook in zip(matrix, kmeans_rows(matrix, 16, keep_zero), strict=True):
             assert squared_error(row, codebook) <= 1.01 * squared_error(row, kmeans_1d(row, 16, keep_zero))
             assert not keep_zero or 0.0 in codebook
+
+    @pytest.mark.parametrize("name", DISTRIBUTIONS)
+    @pytest.mark.parametrize("keep_zero", [False, True])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+    def test_rows_with_importance_come_within_a_hundredth_of_the_optimum(self, name, keep_zero, dtype):
+        matrix = samples(name, (5, 600), dtype)
+        importance = np.random.default_rng(2).exponential(size=600)
+        importance[::7] = 0.0
+        found = kmeans_rows(matrix, 16, keep_zero, importance)
+        for row, codebook in zip(matrix, found, strict=True):
+            optimum = kmeans_1d(sketch(row, importance), 16, keep_zero)
+            assert weighted_error(row, importance, codebook) <= 1.01 * weighted_error(row, importance, optimum)
+            assert not keep_zero or 0.0 in codebook
+
+    @pytest.mark.parametrize("columns", [300, 3000])
+    def test_equal_importance_changes_nothing_and_none_neither(self, columns, monkeypatch):
+        monkeypatch.setattr(module, "CHUNK", 1000)
+        matrix = samples("normal", (4, columns))
+        expected = kmeans_rows(matrix, 8)
+        for importance in (np.full(columns, 3.0), np.zeros(columns), np.ones(1, np.float32)):
+            np.testing.assert_allclose(kmeans_rows(matrix, 8, importance=importance), expected, rtol=1e-12)
+
+    def test_columns_that_do_not_matter_are_as_good_as_gone(self):
+        matrix, importance = samples("normal", (4, 300)), np.ones(300)
+        matrix[:, 100:200] *= 1e3
+        importance[100:200] = 0.0
+        expected = kmeans_rows(np.delete(matrix, np.s_[100:200], axis=1), 8)
+        np.testing.assert_allclose(kmeans_rows(matrix, 8, importance=importance), expected, rtol=1e-12)
+
+    def test_importance_that_does_not_fit_is_refused(self):
+        with pytest.raises(ValueError, match=r"^kmeans_rows: importance must be of a shape that broadcasts to \(5,\)"):
+            kmeans_rows(np.ones((2, 5), np.float32), 3, importance=np.ones(4))
+        with pytest.raises(ValueError, match=r"^kmeans_rows: importance must be not negative, got -1.0$"):
+            kmeans_rows(np.ones((2, 5), np.float32), 3, importance=-np.ones(5))
 
     @pytest.mark.parametrize("k", [4, 80])
     @pytest.mark.parametrize("dtype", FLOATS)

@@ -100,11 +100,94 @@ def test_what_cannot_be_sketched_is_refused():
             sketch(values)
 
 
-def test_memory_does_not_grow_with_the_tensor():
-    values = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)
+def weighted_oracle(values, importance):
+    """Returns distinct values that matter, and the sums of their importance relative to the greatest."""
+    weights = np.broadcast_to(importance.astype(np.float64), values.shape) / importance.astype(np.float64).max()
+    sums: dict[float, list[float]] = {}
+    for value, weight in zip(values.astype(np.float64).ravel().tolist(), weights.ravel().tolist(), strict=True):
+        if weight > 0:
+            sums.setdefault(value + 0.0, []).append(weight)
+    return sorted(sums), [math.fsum(sums[value]) for value in sorted(sums)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(6, 9), (9,), (6, 1), (), (1, 1)])
+@given(seed=st.integers(0, 10**6))
+def test_importance_is_summed_for_each_value(dtype, shape, seed):
+    rng = np.random.default_rng(seed)
+    values = (rng.integers(-4, 5, (6, 9)) / 4).astype(dtype)
+    importance = np.asarray(rng.exponential(size=shape) * (rng.random(shape) < 0.8) * 1e20)
+    importance.flat[0] = 1e20
+    found = sketch(values, importance)
+    means, counts = weighted_oracle(values, importance)
+    assert found.means.tolist() == means
+    assert found.counts.dtype == np.float64
+    np.testing.assert_allclose(found.counts, counts, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("layout", ["rows", "columns", "every"])
+def test_importance_in_bins_of_big_tensors(dtype, layout):
+    rng = np.random.default_rng(0)
+    values = rng.standard_t(3, (256, 300)).astype(dtype)
+    importance = rng.exponential(size={"rows": (256, 1), "columns": (300,), "every": (256, 300)}[layout])
+    importance[:2] = 0.0
+    for array in (values, values.T):
+        weights = importance if array is values else np.broadcast_to(importance, (256, 300)).T
+        found = sketch(array, weights)
+        every = np.broadcast_to(importance, values.shape) / importance.max()
+        assert found.counts.min() > 0
+        assert np.all(np.diff(found.means) > 0)
+        assert found.counts.sum() == pytest.approx(every.sum(), rel=1e-12)
+        assert found.means @ found.counts == pytest.approx(float(np.sum(values.astype(np.float64) * every)), rel=1e-9)
+        important = values[every > 0].astype(np.float64)
+        places = np.clip(np.searchsorted(found.means, important), 1, found.means.size - 1)
+        distance = np.minimum(np.abs(important - found.means[places - 1]), np.abs(important - found.means[places]))
+        assert np.all(distance <= 2.0**-11 * np.abs(important))
+
+
+@pytest.mark.parametrize("size", [100, BIG])
+def test_equal_importance_gives_the_plain_sketch(size):
+    values = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    plain = sketch(values)
+    for importance in (np.float32([7]), np.zeros(1), np.full(size, 1e-300)):
+        found = sketch(values, importance)
+        np.testing.assert_allclose(found.means, plain.means, rtol=1e-12)
+        np.testing.assert_array_equal(found.counts, plain.counts)
+
+
+@pytest.mark.parametrize("size", [100, BIG])
+def test_next_to_nothing_is_nothing(size):
+    values = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    importance = np.where(np.arange(size) == 5, 1e300, 1e-300)
+    found = sketch(values, importance)
+    assert (found.means.tolist(), found.counts.tolist()) == ([float(values[5])], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (np.ones(4), r"sketch: importance must be of a shape that broadcasts to \(2, 3\), got shape \(4,\)"),
+        (
+            np.ones((1, 2, 3)),
+            r"sketch: importance must be of a shape that broadcasts to \(2, 3\), got shape \(1, 2, 3\)",
+        ),
+        (np.array([1.0, -2.0, 3.0]), "sketch: importance must be not negative, got -2.0"),
+        (np.array([1.0, np.nan, 3.0]), "sketch: importance: values must be finite"),
+        (np.ones(3, np.int64), "sketch: importance: dtype must be float16"),
+    ],
+)
+def test_importance_that_makes_no_sense_is_refused(importance, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sketch(np.ones((2, 3), np.float32), importance)
+
+
+@pytest.mark.parametrize("importance", [None, np.arange(1.0, 4097)])
+def test_memory_does_not_grow_with_the_tensor(importance):
+    values = np.random.default_rng(0).standard_normal((1 << 12, 1 << 12), dtype=np.float32)
     values.flags.writeable = False
     tracemalloc.start()
-    sketch(values)
+    sketch(values, importance)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < values.nbytes  # 64 MiB; a float64 copy would be 128
