@@ -40,6 +40,7 @@ from onnxshrink.pipeline import Candidate, Settings, run_steps
 from onnxshrink.recipe import Recipe, default_recipe
 from onnxshrink.report import CompressionReport, PassReport
 from onnxshrink.runtime import session
+from onnxshrink.threads import one_blas_thread
 from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
 
 __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expand", "inspect", "verify"]
@@ -133,7 +134,7 @@ def compress(
 
     Args:
         model: a path, the bytes of a file, or a ModelProto.
-        passes: a pass, or passes or steps in order, or a recipe; by default tidy and 8-bit weight sharing, held to 30 dB SQNR.
+        passes: a pass, or passes or steps in order, or a recipe; by default `onnxshrink.recipe.default_recipe`.
         calibration: inputs as `onnxshrink.inputs.read_inputs` takes them. A quarter is held out to judge the result. Without
             any, seeded synthetic inputs are made, and the report says that they prove less.
         tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
@@ -149,14 +150,15 @@ def compress(
     """
     if seed < 0:
         raise OptionError(must("compress", "seed", "at least 0", seed))
-    recipe = _as_recipe(passes)
-    limits = tolerance if tolerance is not None else recipe.tolerance
+    asked = _as_recipe(passes)
     report_progress = progress or _silent
     graph = load(model)
     sources = _sources(model, graph)
     report_progress("running the original", 0, 0)
     evidence = gather(graph, calibration, seed)
-    with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor:
+    recipe = asked or default_recipe(tolerance, evidence.given is not None)
+    limits = tolerance if asked is not None and tolerance is not None else recipe.tolerance
+    with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor, one_blas_thread():
         level, complaint = strictest_level(original)
         start = Candidate(graph, nbytes, compare(evidence.reference, original, metrics=metrics))
         limits.violation(start.comparison)  # raises, before any long work, where a limit has no meaning for this model
@@ -244,10 +246,8 @@ def bench(
     return measure_latency(first, second, samples, seconds=seconds, threads=threads)
 
 
-def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> Recipe:
-    if passes is None:
-        return default_recipe()
-    if isinstance(passes, Recipe):
+def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> Recipe | None:
+    if passes is None or isinstance(passes, Recipe):
         return passes
     if isinstance(passes, Pass | Step):
         passes = [passes]

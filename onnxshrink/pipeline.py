@@ -135,13 +135,14 @@ def _run_step(good: Candidate, step: Step, settings: Settings, prefix: str) -> t
 def _spare_sites(good: Candidate, step: Step, report: Report, settings: Settings, prefix: str) -> _Attempt | None:
     """Returns an attempt within the limits that leaves some sites alone, or None if there is none worth keeping."""
     reference = settings.probe()
+    quick = dataclasses.replace(settings, activations=None)  # to compare sites, what they do without repair will do
     total = len(report.changes)
     done = 0
 
     def drift_of(site: str) -> float | None:
         nonlocal done
         settings.progress(f"{prefix}: probing sites", done := done + 1, total)
-        graph = _rewrite(good, only(step, site), settings)[0]
+        graph = _rewrite(good, only(step, site), quick)[0]
         if graph is None:
             return None
         try:

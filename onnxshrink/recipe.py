@@ -16,6 +16,7 @@ Every level is strict: an unknown key is an error that suggests the nearest know
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,8 @@ from onnxshrink.validate import Tolerance
 __all__ = ["FORMAT", "Recipe", "default_recipe", "parse_pass", "parse_recipe", "read_recipe"]
 
 FORMAT = 1
+_DEFAULT_SQNR_DB = 30.0
+_FIRST_SQNR_DB, _MOST_SQNR_DB = 15.0, 100.0
 _LIMITS = {"min-sqnr": "min_sqnr_db", "max-drift": "max_drift", "min-agreement": "min_agreement"}
 
 
@@ -43,10 +46,21 @@ class Recipe:
     tolerance: Tolerance = Tolerance()
 
 
-def default_recipe() -> Recipe:
-    """Returns what `compress` does when nothing is asked: tidy, then 8-bit weight sharing, held to 30 dB."""
-    steps = (Step(pass_class("tidy")()), Step(pass_class("share-weights")()))
-    return Recipe(steps, Tolerance(min_sqnr_db=30.0))
+def default_recipe(limits: Tolerance | None = None, calibrated: bool = False) -> Recipe:
+    """Returns what `compress` does when no passes are asked for: tidy, weight sharing, Huffman coding, held to 30 dB.
+
+    With calibration data weights get as few bits as the limits allow; without, 8 bits, for nothing tells how many they need.
+
+    Args:
+        limits: that hold instead of 30 dB.
+        calibrated: whether passes will have calibration data.
+    """
+    limits = limits if limits is not None and limits.is_set else Tolerance(min_sqnr_db=_DEFAULT_SQNR_DB)
+    drift = limits.drift_limit
+    aim = -20 * math.log10(drift) if drift else _FIRST_SQNR_DB  # agreement alone says no decibels: begin low, and go up
+    options = {"sqnr": min(max(aim, 0.0), _MOST_SQNR_DB)} if calibrated else {}
+    passes = (pass_class("tidy")(), pass_class("share-weights")(**options), pass_class("huffman")())
+    return Recipe(tuple(Step(item) for item in passes), limits)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

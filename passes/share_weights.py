@@ -2,62 +2,59 @@
 
 A weight with at most 2^bits distinct values is stored exactly. Otherwise its values are grouped:
 
-    kmeans     k = 2^bits values of least squared error Σ (w - codebook[code])² (Lloyd 1982): for the tensor, per output channel,
-               or for the tensor after each channel c was divided by a scale s_c = √(max |w_c| · rms(w_c))
+    kmeans     k = 2^bits values of least squared error Σ h (w - codebook[code])² (Lloyd 1982), h from the inputs of the layer where
+               they are known: for the tensor, per output channel, or for the tensor after each channel was divided by a scale
     uniform    an affine grid (code - zero point) · scale; |w - w'| ≤ scale / 2 within the range of the grid
     16 bits    no sharing: w rounded to float16, |w - w'| ≤ max(2^-11 |w|, 2^-25), for weights that cannot bear less
     auto       kmeans with scales, and uniform per channel where the codebook would weigh over an eighth of the codes
 
-The scale lies between the two usual ones: dividing by max |w_c| spends codes on a few large weights, dividing by the rms leaves
-these far out. Zeros survive exactly: the grid contains zero, and k-means keeps one value for it when the tensor has more zeros than
-its share.
+With ``bits-per-weight`` or ``sqnr`` the weights share one budget instead: uniform grids, with steps that follow from what each weight
+does to the outputs (`onnxshrink.allocation`). Codes then vary in frequency, which pays together with `huffman`.
+
+With calibration data, layers are rewritten in turn, and every column of a weight makes up for the errors of the columns before it
+(`onnxshrink.repair`, `onnxshrink.numerics.feedback`). Zeros survive exactly: a grid contains zero, and k-means keeps a value for it
+when the tensor has more zeros than its share.
+
 The result is decoded by standard ops that ONNX Runtime folds when a session starts (`onnxshrink.graph.codebook`), so it runs as
 fast as before. A weight whose coded form is not smaller in the file stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from onnxshrink.budget import code_for_rate, code_for_sqnr
+from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.codebook import (
     MAX_FOLDED_BYTES,
     Codebook,
-    UniformGrid,
     coded_weight,
     first_opset,
     half_weight,
 )
 from onnxshrink.graph.coded import coded_weights
-from onnxshrink.graph.edit import Fragment, NameSource, constant_bytes, replace_constant
+from onnxshrink.graph.edit import Fragment, NameSource, constant_bytes, replace_constant, set_values
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import Weight, weights
-from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
 from onnxshrink.numerics.distribution import codes_of, distinct_values
-from onnxshrink.numerics.grids import encode, fit_grid
+from onnxshrink.numerics.grids import fit_grid
+from onnxshrink.numerics.levels import GridLevels, Levels, cluster_levels
 from onnxshrink.options import option
+from onnxshrink.repair import Repaired
 
 __all__ = ["ShareWeights"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MOST_BITS, _HALF_BITS = 8, 16
 _LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
-
-
-@dataclass(frozen=True)
-class _Coding:
-    """What a weight becomes: codes below 2**bits, what they stand for, and one line about it."""
-
-    codes: np.ndarray[Any, np.dtype[np.uint8]]
-    bits: int
-    values: Codebook | UniformGrid
-    detail: str
+_WEAKER_SQNR_DB, _WEAKER_RATE = 1.5, 1.1
 
 
 @dataclass(frozen=True)
@@ -79,38 +76,79 @@ class ShareWeights(Pass):
         "one set of values for the tensor, one for each output channel, or one times a scale per channel",
         choices=("tensor", "channel", "scale"),
     )
+    bits_per_weight: float | None = option(
+        None, "mean entropy of all codes, given out so that the outputs suffer least", low=0.1, high=8.0, per_site=False
+    )
+    sqnr: float | None = option(
+        None, "SQNR of the outputs to aim at, in dB, with as few bits as that takes", low=-20.0, high=120.0, per_site=False
+    )
+    repair: bool = option(True, "whether calibration data, if any, is used to make up for errors", per_site=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if _MOST_BITS < self.bits < _HALF_BITS:
             raise OptionError(must(self.name, "bits", "1 to 8, or 16 for float16", self.bits))
+        if self.bits_per_weight is not None and self.sqnr is not None:
+            raise OptionError(f"{self.name}: bits-per-weight and sqnr both set the steps; give one of them")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the weights share one budget."""
+        return self.bits_per_weight is not None or self.sqnr is not None
+
+    @property
+    def sites_are_independent(self) -> bool:
+        """Not if they share one budget."""
+        return not self.has_budget
 
     def spared(self) -> Mapping[str, Any]:
         """Returns the options of weights that cannot bear codes: float16."""
         return {"bits": _HALF_BITS}
 
     def weaker(self) -> Self | None:
-        """Returns the pass with one bit more."""
+        """Returns the pass with one bit more, or a larger budget."""
+        if self.sqnr is not None:
+            return replace(self, sqnr=self.sqnr + _WEAKER_SQNR_DB)
+        if self.bits_per_weight is not None:
+            more = self.bits_per_weight * _WEAKER_RATE
+            return replace(self, bits_per_weight=more) if more <= _MOST_BITS else None
         return replace(self, bits=self.bits + 1) if self.bits < _MOST_BITS else None
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
         coded = [Skip(coded.site, "is stored as codes already") for coded in coded_weights(graph)]
         found = weights(graph)
-        codings = context.map(lambda weight: _code(weight, context.options(self, weight.names)), found)
+        options = {weight.site: context.options(self, weight.names) for weight in found}
+        settled = context.map(lambda weight: _settled(weight, options[weight.site]), found)
+        lossy = [weight for weight, answer in zip(found, settled, strict=True) if answer is None]
+        codings, repaired, notes = self._code(graph, lossy, options, context)
         names = NameSource(graph)
         answers = [
-            coding if isinstance(coding, Skip) else _store(weight, coding, names)
-            for weight, coding in zip(found, codings, strict=True)
+            _store(weight, answer or codings.get(weight.site) or _halve(weight, weight.constant.values), names)
+            for weight, answer in zip(found, settled, strict=True)
         ]
-        return Report(
-            changes=[answer for answer in answers if isinstance(answer, Change)],
-            skips=[*coded, *(answer for answer in answers if isinstance(answer, Skip))],
-        )
+        changes = [answer for answer in answers if isinstance(answer, Change)]
+        changed = {change.site for change in changes}
+        for site, (bias, values) in repaired.biases.items():
+            if site in changed:
+                set_values(bias, values)
+        return Report(changes, [*coded, *(answer for answer in answers if isinstance(answer, Skip))], notes)
+
+    def _code(
+        self, graph: Graph, lossy: Sequence[Weight], options: Mapping[str, Any], context: Context
+    ) -> tuple[dict[str, Coding], Repaired, list[str]]:
+        """Returns the codings of weights that do not come out exactly, by site; what was done beside; and what to say of it."""
+        context = context if self.repair else replace(context, activations=None)
+        if not lossy or not self.has_budget:
+            chosen = {weight.site: options[weight.site] for weight in lossy}
+            return *code_in_turn(graph, lossy, lambda weight, rows, _: _levels(rows, chosen[weight.site]), context), []
+        if self.sqnr is not None:
+            return code_for_sqnr(graph, lossy, self.sqnr, context)
+        return code_for_rate(graph, lossy, self.bits_per_weight or _MOST_BITS, context)
 
 
-def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip:
-    """Returns how a weight is coded, or why it stays dense."""
+def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | _Half | Skip | None:
+    """Returns what becomes of a weight that need not be approximated, or why it stays dense; None if it is up to grouping."""
     constant = weight.constant
     if chosen is None:
         return Skip(weight.site, "left alone by a rule")
@@ -126,7 +164,7 @@ def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip
     distinct = distinct_values(values, most)
     if distinct is not None:
         bits = max(1, int(np.ceil(np.log2(len(distinct)))))
-        return _Coding(codes_of(values, distinct), bits, Codebook(distinct), f"exact: {len(distinct)} distinct values")
+        return Coding(codes_of(values, distinct), bits, Codebook(distinct), f"exact: {len(distinct)} distinct values")
     if chosen.method == "exact":
         return Skip(weight.site, f"more than {most} distinct values")
     if weight.obstacle is not None:
@@ -135,9 +173,7 @@ def _code(weight: Weight, chosen: ShareWeights | None) -> _Coding | _Half | Skip
         return Skip(weight.site, "holds NaN or infinity")
     if values.dtype == np.float64 and np.abs(values).max() > np.finfo(np.float32).max:
         return Skip(weight.site, "holds values beyond the range of float32")
-    if chosen.bits == _HALF_BITS:
-        return _halve(weight, values)
-    return _approximate(values, weight.view.channel_axis if weight.view is not None else None, chosen)
+    return _halve(weight, values) if chosen.bits == _HALF_BITS else None
 
 
 def _halve(weight: Weight, values: Array) -> _Half | Skip:
@@ -149,54 +185,23 @@ def _halve(weight: Weight, values: Array) -> _Half | Skip:
     return _Half()
 
 
-def _approximate(values: Array, channel_axis: int | None, chosen: ShareWeights) -> _Coding:
-    """Returns the coding of least error among those that the options allow; rows are channels, or one for the tensor."""
-    axis = None if chosen.per == "tensor" else channel_axis
-    rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    where = "" if axis is None else f", {len(rows)} channels"
-    codebook_pays = values.size * chosen.bits >= _LEAST_CODES_PER_CODEBOOK * 2**chosen.bits * 16
-    coded: Codebook | UniformGrid
+def _levels(rows: Array, chosen: ShareWeights) -> tuple[Levels, str]:
+    """Returns the values that the options give channels, or all of them where there are none, and one line about them."""
+    if chosen.per == "tensor":
+        rows = rows.reshape(1, -1)
+    where = "" if len(rows) == 1 else f", {len(rows)} channels"
+    codebook_pays = rows.size * chosen.bits >= _LEAST_CODES_PER_CODEBOOK * 2**chosen.bits * 16
     if chosen.method == "uniform" or (chosen.method == "auto" and not codebook_pays):
-        grid = fit_grid(rows, chosen.bits)
-        codes, coded = encode(rows, grid), UniformGrid(grid.scale, grid.zero_point, axis)
-        detail = f"uniform grid of {chosen.bits} bits{where}"
-    else:
-        codes, coded = _cluster(rows, axis, chosen)
-        detail = f"k-means to {coded.values.shape[-1]} values{where}{'' if coded.scale is None else ', scaled'}"
-    if axis is not None:
-        others = tuple(dim for index, dim in enumerate(values.shape) if index != axis)
-        codes = np.moveaxis(codes.reshape(values.shape[axis], *others), 0, axis)
-    return _Coding(np.ascontiguousarray(codes).reshape(values.shape), chosen.bits, coded, detail)
+        return GridLevels(fit_grid(rows, chosen.bits)), f"uniform grid of {chosen.bits} bits{where}"
+    scaled = len(rows) > 1 and chosen.per == "scale"
+    levels = cluster_levels(rows, 2**chosen.bits, each=len(rows) > 1 and chosen.per == "channel", scaled=scaled)
+    return levels, f"k-means to {2**chosen.bits} values{where}{', scaled' if scaled else ''}"
 
 
-def _cluster(rows: Array, axis: int | None, chosen: ShareWeights) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Codebook]:
-    """Returns codes [rows, columns] and the codebook they refer to."""
-    k = 2**chosen.bits
-    keep_zero = bool(np.count_nonzero(rows == 0) * k > rows.size)
-    if axis is not None and chosen.per == "channel":
-        codebooks = kmeans_rows(rows, k, keep_zero=keep_zero).astype(rows.dtype)
-        return nearest_rows(rows, codebooks), Codebook(codebooks, axis)
-    if axis is None:
-        codebook = kmeans_1d(rows, k, keep_zero=keep_zero).astype(rows.dtype)
-        return nearest(rows, codebook), Codebook(codebook)
-    scale = _channel_scales(rows)
-    scaled = rows.astype(np.float32) / scale[:, None]
-    codebook = kmeans_1d(scaled, k, keep_zero=keep_zero).astype(np.float16)  # as it is stored, so that codes fit it
-    return nearest(scaled, codebook), Codebook(codebook, axis, scale)
-
-
-def _channel_scales(rows: Array) -> Array:
-    """Returns √(max |w| · rms(w)) of each row, float32; 1 for rows of zeros."""
-    wide = rows.astype(np.float32, copy=False)
-    largest = np.maximum(wide.max(axis=1), -wide.min(axis=1))
-    largest = np.where(largest > 0, largest, np.float32(1))
-    relative = wide / largest[:, None]  # squares of the weights themselves may leave the range of float32
-    mean_square = np.einsum("ij,ij->i", relative, relative) / np.float32(rows.shape[1])
-    return np.where(mean_square > 0, largest * np.sqrt(np.sqrt(mean_square)), np.float32(1))
-
-
-def _store(weight: Weight, coding: _Coding | _Half, names: NameSource) -> Change | Skip:
+def _store(weight: Weight, coding: Coding | _Half | Skip, names: NameSource) -> Change | Skip:
     """Replaces a weight by its coded form if that takes fewer bytes."""
+    if isinstance(coding, Skip):
+        return coding
     constant, scope = weight.constant, weight.scope.graph
     before = constant_bytes(constant, scope)
     listed = constant in scope.inputs

@@ -403,7 +403,7 @@ class TestSparing:
         details = {change.site: change.detail for change in step.changes}
         assert details.keys() == {"a", "b", "sore", "c"}
         assert details["sore"].startswith("float16; spared: by itself it moves the outputs by ")
-        assert all(details[site] == "uniform grid of 8 bits" for site in ("a", "b", "c"))
+        assert all(details[site] == "uniform grid of 8 bits, error feedback" for site in ("a", "b", "c"))
         assert sqnr(SORE, result.to_model(), INPUTS["x"]) >= 50
         assert result.report.bytes_after < result.report.bytes_before / 2
 

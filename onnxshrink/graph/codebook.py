@@ -33,6 +33,7 @@ Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
 FIRST_OPSET = 7
 _FIRST_OPSET_IN_FUNCTIONS = 9  # where constants are Constant nodes, which held floats only before (Changelog.md, Constant-9)
 _NAMED_AFTER_WEIGHT = ("codebook", "codes", "half", "scale", "zero_point")  # the rest get short names: names are bytes too
+_LEAST_HALVES = 32  # scales from which on two bytes less for each pay for a Cast
 MAX_FOLDED_BYTES = 2**30  # constant_folding.cc: larger results are not folded; indices are int32, so 4 bytes an element
 
 
@@ -57,8 +58,8 @@ class UniformGrid:
     """value = (code - zero_point) · scale, in float32, per channel or for the whole tensor.
 
     Attributes:
-        scale: [channels] float32.
-        zero_point: [channels], whole numbers from 0 to 255.
+        scale: [channels] float32; stored as float16 where that holds every one exactly and the file gets smaller.
+        zero_point: [channels], whole numbers from 0 to 255; or [1], one for all channels.
         axis: the tensor's axis that channels lie on; None for one grid, with [1] scale and zero point.
     """
 
@@ -89,8 +90,7 @@ def coded_weight(
     digits = builder.codes(codes, bits)
     shape = _broadcast_shape(constant.shape, values.axis)
     if isinstance(values, UniformGrid):
-        zero_point = builder.constant("zero_point", values.zero_point.astype(np.uint8).reshape(shape))
-        centred = builder.node("Sub", [builder.cast(digits, np.float32), builder.cast(zero_point, np.float32)])
+        centred = builder.node("Sub", [builder.cast(digits, np.float32), builder.zero_point(values.zero_point, shape)])
         result = builder.scaled(centred, values.scale.reshape(shape), constant.dtype)
     else:
         indices = builder.cast(digits, np.int32)
@@ -173,10 +173,20 @@ class _Builder:
         start, end = (self.constant(name, np.array([at], np.int64)) for name, at in (("start", 0), ("end", size)))
         return self.node("Slice", [tensor, start, end])
 
+    def zero_point(self, zero_point: Array, shape: tuple[int, ...]) -> Tensor:
+        """Returns the zero points as float32: bytes and a Cast for many, a plain scalar for one."""
+        if zero_point.size == 1:
+            return self.constant("zero_point", zero_point.astype(np.float32).reshape(()))
+        return self.cast(self.constant("zero_point", zero_point.astype(np.uint8).reshape(shape)), np.float32)
+
     def scaled(self, tensor: Tensor, scale: Array, dtype: np.dtype[Any]) -> Variable:
         """Returns tensor · scale as ``dtype``; in float32, for ONNX Runtime's CPU has no float16 Mul to fold with."""
-        product = self.node("Mul", [tensor, self.constant("scale", scale.astype(np.float32))])
-        result = self.cast(product, dtype)
+        wide = scale.astype(np.float32)
+        with np.errstate(over="ignore"):
+            half = wide.astype(np.float16)
+        pays = wide.size >= _LEAST_HALVES and np.array_equal(half.astype(np.float32), wide)
+        factor = self.cast(self.constant("scale", half), np.float32) if pays else self.constant("scale", wide)
+        result = self.cast(self.node("Mul", [tensor, factor]), dtype)
         assert isinstance(result, Variable)
         return result
 

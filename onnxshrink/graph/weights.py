@@ -11,8 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from onnxshrink.graph.coded import coded_weights
+from onnxshrink.graph.huffman import is_decoder_scope
 from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Tensor
 from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.views import COMPUTE_OPS, View, is_mover, is_weight_operand, operand_view, reads_values, through
@@ -77,6 +81,21 @@ class Weight:
         return views[0] if views and all(view == views[0] for view in views) else None
 
     @property
+    def layout(self) -> View:
+        """The view, or where there is none the whole tensor as one row, for what works on elements alone."""
+        return self.view or View((self.constant.shape,)).reshape((1, self.constant.size))
+
+    @property
+    def channels(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """For each row of the layout, where its output channel lies on the view's channel axis: [rows], zeros if on none."""
+        layout, axis = self.layout, self.layout.channel_axis
+        if axis is None:
+            return np.zeros(layout.shape[0], np.int32)
+        along = [size if index == axis else 1 for index, size in enumerate(self.constant.shape)]
+        every = np.broadcast_to(np.arange(along[axis], dtype=np.int32).reshape(along), self.constant.shape)
+        return layout.forward(every)[:, 0].copy()
+
+    @property
     def obstacle(self) -> str | None:
         """Why its values must not be changed, or None when every use is a weight operand of a known op."""
         if not is_float(self.constant.dtype):
@@ -102,9 +121,11 @@ def weights(graph: Graph) -> list[Weight]:
     Parts of coded weights are not among them; `onnxshrink.graph.coded` finds those.
     """
     tracer = _Tracer(graph)
-    parts = {id(constant) for coded in coded_weights(graph) for constant in coded.constants}
+    parts = {id(constant) for coded in coded_weights(graph) for constant in coded.parts}
     found = []
     for scope in graph.scopes():
+        if is_decoder_scope(scope):
+            continue
         for constant in scope.graph.constants:
             if constant.size > 1 and constant.dtype != object and id(constant) not in parts:
                 found.append(Weight(scope.address(constant.name), scope, constant, tuple(tracer.uses(constant))))

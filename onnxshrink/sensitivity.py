@@ -1,0 +1,86 @@
+"""How much the outputs of a model move when some of its weights change: measured on calibration inputs, by running both.
+
+    probe = OutputProbe(graph, activations)
+    probe.squared_drift({site: values})      # of the worst output
+
+To first order, small changes of different layers move the outputs in nearly uncorrelated ways, so squared drifts add up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.contract import Activations
+from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.storage import is_float
+from onnxshrink.graph.weights import weights
+
+__all__ = ["OutputProbe"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_SAMPLES = 32  # tell layers apart well enough; all of them would make probing the longest part of the work
+_ELEMENTS = 1 << 24  # of reference outputs that are held, 64 MiB as float32
+
+
+class OutputProbe:
+    """The original's outputs on a few calibration inputs, to compare changed copies with."""
+
+    def __init__(self, graph: Graph, activations: Activations) -> None:
+        """Runs the original.
+
+        Args:
+            graph: the main graph; kept, and read again for every question.
+            activations: calibration data.
+
+        Raises:
+            ValidationError: the model does not run on them.
+        """
+        self._graph = graph
+        self._activations = activations
+        self._names = list(dict.fromkeys(tensor.name for tensor in graph.outputs))
+        self._expected: list[dict[str, Array]] = []
+        elements = 0
+        for values in itertools.islice(activations.samples(graph, self._names), _SAMPLES):
+            floats = {name: values[name] for name in self._names if is_float(values[name].dtype)}
+            elements += sum(array.size for array in floats.values())
+            if self._expected and elements > _ELEMENTS:
+                break
+            self._expected.append(floats)
+        self._names = [name for name in self._names if self._expected and all(name in floats for floats in self._expected)]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is an output to measure: floating point, and not zero on all inputs."""
+        return any(np.any(floats[name]) for floats in self._expected for name in self._names)
+
+    def squared_drift(self, values: Mapping[str, Array]) -> float:
+        """Returns the squared relative L2 error of the worst output, over the samples; infinite if one is not finite.
+
+        Args:
+            values: new values of weights, of their shape and dtype, by site.
+
+        Raises:
+            ValidationError: the changed model does not run.
+        """
+        copy = self._graph.copy()
+        for weight in weights(copy):
+            if weight.site in values:
+                set_values(weight.constant, values[weight.site])
+        errors, powers = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
+        found = itertools.islice(self._activations.samples(copy, self._names), len(self._expected))
+        for expected, got in zip(self._expected, found, strict=True):
+            for name in self._names:
+                if got[name].shape != expected[name].shape:
+                    return float("inf")
+                usual = np.isfinite(expected[name])  # what is infinite, as in masks, stays so or is no small change
+                wide = expected[name][usual].astype(np.float64)
+                errors[name] += float(np.square(got[name][usual] - wide).sum())
+                powers[name] += float(np.square(wide).sum())
+        drifts = [errors[name] / powers[name] for name in self._names if powers[name] > 0]
+        worst = max(drifts, default=0.0)
+        return worst if np.isfinite(worst) else float("inf")
