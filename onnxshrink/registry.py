@@ -15,7 +15,9 @@ __all__ = ["ENTRY_POINT_GROUP", "PassInfo", "describe_passes", "pass_class", "pa
 
 ENTRY_POINT_GROUP = "onnxshrink.passes"
 _BUILT_IN = {
+    "huffman": "onnxshrink.passes.huffman:Huffman",
     "share-weights": "onnxshrink.passes.share_weights:ShareWeights",
+    "shorten-names": "onnxshrink.passes.shorten_names:ShortenNames",
     "sparsify": "onnxshrink.passes.sparsify:Sparsify",
     "tidy": "onnxshrink.passes.tidy:Tidy",
 }

@@ -1,7 +1,8 @@
 """Finds weights that are stored as codes, and computes them back to dense tensors.
 
-A coded weight is what `onnxshrink.graph.codebook` writes, recognised by its structure and not by its names: a floating-point tensor
-that a few standard ops compute from nothing but constants, unsigned integers of at most 8 bits among them.
+A coded weight is what `onnxshrink.graph.codebook` writes, recognised by its structure and not by its names: a floating-point
+tensor that a few standard ops compute from nothing but constants, unsigned integers of at most 8 bits among them, or from what
+the Huffman decoder of the file puts out (`onnxshrink.graph.huffman`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
 from onnxshrink.graph.exporter import inline_tensor, node_message
-from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Variable
+from onnxshrink.graph.huffman import Piece, inline_weight_call, is_weight_call, pieces, remove_decoder
+from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Tensor, Variable
 from onnxshrink.graph.storage import element_type, is_float
 
 __all__ = ["Coded", "coded_weights", "expand_coded"]
@@ -38,6 +40,7 @@ class Coded:
         output: that tensor.
         nodes: what computes it, in order.
         constants: what those nodes read.
+        pieces: what they read of a Huffman decoder.
     """
 
     site: str
@@ -45,6 +48,7 @@ class Coded:
     output: Variable
     nodes: tuple[Node, ...]
     constants: tuple[Constant, ...]
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def codes(self) -> tuple[Constant, ...]:
@@ -52,20 +56,42 @@ class Coded:
         return tuple(constant for constant in self.constants if constant.dtype.name in _CODE_TYPES)
 
     @property
+    def parts(self) -> tuple[Constant, ...]:
+        """All constants that exist only for this weight and others like it."""
+        return (*self.constants, *(constant for piece in self.pieces for constant in piece.constants))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes in the file; parts that several weights share count for each."""
-        return nodes_bytes(self.nodes) + sum(constant_bytes(constant, self.scope.graph) for constant in self.constants)
+        """Bytes in the file; parts that several weights share count for each, but Huffman coded data in proportion."""
+        constants = sum(constant_bytes(constant, self.scope.graph) for constant in self.constants)
+        return nodes_bytes(self.nodes) + constants + round(sum(piece.nbytes for piece in self.pieces))
 
     def values(self) -> Array:
-        """Returns the dense tensor."""
-        graph = onnx.GraphProto(
-            name="decoder",
-            node=[node_message(node) for node in self.nodes],
-            output=[onnx.ValueInfoProto(name=self.output.name)],
-        )
+        """Returns the dense tensor.
+
+        Raises:
+            ModelReadError: Huffman coded data is damaged.
+        """
+        return self.evaluate(self.output)
+
+    def evaluate(self, tensor: Tensor) -> Array:
+        """Returns the values of the weight or of a tensor on the way to it.
+
+        Raises:
+            ModelReadError: Huffman coded data is damaged.
+        """
+        if isinstance(tensor, Constant):
+            return tensor.values
+        graph = onnx.GraphProto(name="decoder", output=[onnx.ValueInfoProto(name=tensor.name)])
+        for node in self.nodes:
+            if is_weight_call(node):
+                inline_weight_call(node, graph)
+            else:
+                graph.node.append(node_message(node))
         for constant in self.constants:
             graph.initializer.append(inline_tensor(constant))
             graph.initializer[-1].name = constant.name
+        graph.initializer.extend(numpy_helper.from_array(piece.values(), piece.tensor.name) for piece in self.pieces)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.scope.graph.opset)])
         results: Any = ReferenceEvaluator(model).run(None, {})
         return np.asarray(results[0])
@@ -73,8 +99,8 @@ class Coded:
 
 def coded_weights(graph: Graph) -> list[Coded]:
     """Returns the coded weights of every scope, in graph order."""
-    outputs = output_ids(graph)
-    return [coded for scope in graph.scopes() for coded in _in_scope(scope, outputs)]
+    outputs, decoded = output_ids(graph), pieces(graph)
+    return [coded for scope in graph.scopes() for coded in _in_scope(scope, outputs, decoded)]
 
 
 def expand_coded(graph: Graph) -> list[Coded]:
@@ -84,6 +110,7 @@ def expand_coded(graph: Graph) -> list[Coded]:
     found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts)]
     for item in found:
         replace_node(item.scope.graph, graph, item.nodes[-1], [Constant(item.output.name, item.values())])
+    remove_decoder(graph)
     return found
 
 
@@ -101,11 +128,11 @@ def _half_weights(graph: Graph) -> list[Coded]:
     return found
 
 
-def _in_scope(scope: Scope, outputs: set[int]) -> Iterator[Coded]:
-    known = {id(constant): constant.dtype for constant in scope.graph.constants}
+def _in_scope(scope: Scope, outputs: set[int], decoded: dict[int, Piece]) -> Iterator[Coded]:
+    known = {id(constant): constant.dtype for constant in scope.graph.constants} | dict.fromkeys(decoded, np.dtype(np.int8))
     decoding: dict[int, Node] = {}
     for node in scope.graph.nodes:
-        dtype = _step(node, known, outputs)
+        dtype = _step(node, known, outputs, decoded)
         if dtype is not None:
             decoding[id(node)] = node
             known[id(node.outputs[0])] = dtype
@@ -115,13 +142,17 @@ def _in_scope(scope: Scope, outputs: set[int]) -> Iterator[Coded]:
         if not ends or not is_float(known[id(output)]) or not isinstance(output, Variable):
             continue
         nodes = _cone(node, decoding)
-        constants = {id(t): t for inner_node in nodes for t in inner_node.inputs if isinstance(t, Constant)}
-        coded = Coded(scope.address(output.name), scope, output, tuple(nodes), tuple(constants.values()))
-        if coded.codes:
+        reads = {id(tensor): tensor for inner_node in nodes for tensor in inner_node.inputs}
+        constants = tuple(tensor for tensor in reads.values() if isinstance(tensor, Constant))
+        own = tuple(decoded[key] for key in reads if key in decoded)
+        coded = Coded(scope.address(output.name), scope, output, tuple(nodes), constants, own)
+        if coded.codes or coded.pieces:
             yield coded
 
 
-def _step(node: Node, known: dict[int, np.dtype[Any]], outputs: set[int]) -> np.dtype[Any] | None:
+def _step(
+    node: Node, known: dict[int, np.dtype[Any]], outputs: set[int], decoded: dict[int, Piece]
+) -> np.dtype[Any] | None:
     """Returns the element type that a node computes, if it may be a step from codes to a weight, else None.
 
     Integers go through all decoding ops. Once they are floating point they are only scaled and converted, and a tensor that is
@@ -131,9 +162,11 @@ def _step(node: Node, known: dict[int, np.dtype[Any]], outputs: set[int]) -> np.
         node: the node.
         known: element types of the constants and of the results of earlier steps, by id.
         outputs: ids of the tensors that are outputs of a scope.
+        decoded: what a Huffman decoder puts out, by id.
     """
     reads = [tensor for tensor in node.inputs if tensor.name]
-    decodes = node.op in _DECODING_OPS and node.is_standard and len(node.outputs) == 1
+    joins = node.op == "Concat" and all(id(tensor) in decoded for tensor in reads)
+    decodes = (node.is_standard and (node.op in _DECODING_OPS or joins) and len(node.outputs) == 1) or is_weight_call(node)
     if not decodes or not reads or not all(id(tensor) in known for tensor in reads):
         return None
     for tensor in reads:
@@ -141,6 +174,8 @@ def _step(node: Node, known: dict[int, np.dtype[Any]], outputs: set[int]) -> np.
             continues = len(tensor.outputs) == 1 and id(tensor) not in outputs
             if not continues or not (_is_converted_constant(tensor) or (tensor is reads[0] and node.op in _SCALING_OPS)):
                 return None
+    if is_weight_call(node):
+        return np.dtype(np.float32)
     if node.op != "Cast":
         return known[id(reads[0])]
     target = node.attrs.get("to")

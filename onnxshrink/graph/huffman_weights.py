@@ -1,0 +1,282 @@
+"""Coded weights that read their codes from the Huffman decoder: the integer part of their nodes is replaced, the rest stays.
+
+    codes ── Cast ── Sub(zero point) ── Mul(scale) ── W    becomes    vector ── Weight(scale) ── W
+    codes ── Cast ── Gather(codebook) ── ... ── W          becomes    vector ── Reshape [── Cast ── Add] ── ... ── W
+
+`Weight` is a model-local function, Reshape, Cast and Mul in one node of few bytes. What is coded are the codes less a *centre*
+that makes them fit an int8, so that runs of the centre are runs of zeros: the zero point of a grid, which then needs no Sub,
+or a code that is most of all, or 128 for codes beyond 127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, TensorProto, helper
+
+from onnxshrink.graph.coded import Coded
+from onnxshrink.graph.edit import (
+    Fragment,
+    NameSource,
+    constant_bytes,
+    footprint,
+    item_bytes,
+    output_ids,
+    remove_dead,
+    replace_everywhere,
+)
+from onnxshrink.graph.exporter import framed_bytes
+from onnxshrink.graph.huffman import Decoder
+from onnxshrink.graph.huffman_decoder import DOMAIN, FIRST_WITH_INTS, WEIGHT, weight_function
+from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
+from onnxshrink.graph.opset import raise_opset
+from onnxshrink.numerics.huffman_plan import Mapper, plan
+from onnxshrink.numerics.tokens import Kind
+
+__all__ = ["Centred", "Rewrite", "centred"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Int8s = np.ndarray[Any, np.dtype[np.int8]]
+
+
+@dataclass(frozen=True, eq=False)
+class Centred:
+    """The codes of a weight.
+
+    Attributes:
+        coded: the weight.
+        codes: int8, flat: code less centre.
+        centre: 0 to 255.
+        target: the tensor that is computed from the codes instead: the weight before it is converted, or the codes themselves.
+        scale: of a grid, or None.
+        shape: of the weight.
+    """
+
+    coded: Coded
+    codes: Int8s
+    centre: int
+    target: Tensor
+    scale: Constant | None
+    shape: tuple[int, ...]
+
+
+
+def centred(coded: Coded) -> Centred | None:
+    """Returns the codes of a weight, or None where its nodes do not begin with one tensor of codes."""
+    digits = _digits(coded)
+    codes = coded.evaluate(digits).astype(np.int32) if digits is not None else np.zeros(0, np.int32)
+    if digits is None or codes.size == 0 or codes.min() < 0 or codes.max() > 255:
+        return None
+    grid = _grid(digits)
+    if grid is not None:
+        product, zero_point, scale = grid
+        if codes.min() - zero_point >= -128 and codes.max() - zero_point <= 127:
+            return Centred(coded, (codes - zero_point).astype(np.int8).reshape(-1), zero_point, product, scale, codes.shape)
+    centre = _centre(codes)
+    return Centred(coded, (codes - centre).astype(np.int8).reshape(-1), centre, digits, None, codes.shape)
+
+
+def _decoded_weight(
+    weight: Centred, vector: Variable, opset: int, names: NameSource, shapes: dict[tuple[int, ...], Constant]
+) -> Fragment:
+    """Returns what computes the weight's target from its vector of codes.
+
+    Args:
+        weight: as `centred` returned it.
+        vector: int8, flat.
+        opset: of the model.
+        names: gives tensor names.
+        shapes: constants of shapes that the scope has already; what is made goes into it.
+    """
+    target = weight.target
+    fragment = Fragment(Variable(target.name if isinstance(target, Variable) else names.fresh("h")))
+    if weight.scale is not None:
+        attributes = {"s": _shape_attribute(weight.shape, opset)}
+        scale = Variable(weight.scale.name)  # stands for it until the fragment is in the graph
+        fragment.nodes.append(Node(WEIGHT, [vector, scale], [fragment.output], attributes, domain=DOMAIN))
+        return fragment
+    if weight.shape not in shapes:
+        shapes[weight.shape] = Constant(names.fresh("hs"), np.array(weight.shape, np.int64))
+        fragment.constants.append(shapes[weight.shape])
+    steps: list[tuple[str, list[Tensor], dict[str, Any]]] = [("Reshape", [shapes[weight.shape]], {})]
+    if weight.centre or target.dtype != np.uint8:
+        steps.append(("Cast", [], {"to": TensorProto.INT32}))
+    if weight.centre:
+        centre = Constant(names.fresh("hc"), np.array(weight.centre, np.int32))
+        fragment.constants.append(centre)
+        steps.append(("Add", [centre], {}))
+    tensor = vector
+    for number, (op, operands, attributes) in enumerate(steps):
+        output = fragment.output if number == len(steps) - 1 else Variable(names.fresh("h"))
+        fragment.nodes.append(Node(op, [tensor, *operands], [output], attributes))
+        tensor = output
+    return fragment
+
+
+def _shape_attribute(shape: tuple[int, ...], opset: int) -> Any:
+    if opset >= FIRST_WITH_INTS and shape:
+        return list(shape)
+    if opset >= FIRST_WITH_INTS:
+        return AttributeProto(name="s", type=AttributeProto.INTS)
+    return helper.make_attribute("s", helper.make_tensor("", TensorProto.INT64, [len(shape)], shape))
+
+
+def _digits(coded: Coded) -> Tensor | None:
+    """Returns the tensor of codes that the weight's nodes begin with: stored as such, or what unpacking ends with."""
+    tensor: Tensor = coded.output
+    own = {id(node) for node in coded.nodes}
+    while isinstance(tensor, Variable):
+        producer = tensor.inputs[0] if tensor.inputs else None
+        if producer is None or id(producer) not in own:
+            return None
+        if producer.op == "Reshape":
+            return tensor
+        if producer.op not in ("Add", "Cast", "Gather", "Mul", "Sub"):
+            return None
+        tensor = producer.inputs[1 if producer.op == "Gather" else 0]
+    return tensor if tensor in coded.codes else None
+
+
+def _grid(digits: Tensor) -> tuple[Variable, int, Constant] | None:
+    """Returns (product, zero point, scale) if the codes are only read as (code - zero point) · scale, in float32."""
+    cast = _only_reader(digits, "Cast")
+    subtraction = _only_reader(cast.outputs[0], "Sub") if cast is not None else None
+    product = _only_reader(subtraction.outputs[0], "Mul") if subtraction is not None else None
+    if cast is None or subtraction is None or product is None or cast.attrs.get("to") != TensorProto.FLOAT:
+        return None
+    zero_points, scale = _constant(subtraction.inputs[1]), _constant(product.inputs[1])
+    result = product.outputs[0]
+    if zero_points is None or scale is None or not isinstance(result, Variable):
+        return None
+    values = zero_points.values.reshape(-1)
+    if values.size == 0 or np.any(values != values[0]) or not 0 <= values[0] <= 255 or values[0] != int(values[0]):
+        return None
+    return result, int(values[0]), scale
+
+
+def _only_reader(tensor: Tensor, op: str) -> Node | None:
+    """Returns the node that reads a tensor first and alone, if it is of this op."""
+    reads = len(tensor.outputs) == 1 and tensor.outputs[0].inputs[0] is tensor and tensor.outputs[0].op == op
+    return tensor.outputs[0] if reads else None
+
+
+def _constant(tensor: Tensor) -> Constant | None:
+    """Returns a constant, or the one that a tensor is the Cast of."""
+    if isinstance(tensor, Variable) and tensor.inputs and tensor.inputs[0].op == "Cast":
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor if isinstance(tensor, Constant) else None
+
+
+def _centre(codes: Array) -> int:
+    """Returns the code that is most of all, if the others lie within 128 of it; else 0, or 128 for codes beyond 127."""
+    counts = np.bincount(codes.reshape(-1))
+    most = int(counts.argmax())
+    if 2 * counts[most] > codes.size and codes.min() - most >= -128 and codes.max() - most <= 127:
+        return most
+    return 128 if codes.max() > 127 else 0
+
+
+class Rewrite:
+    """Weights about to read their codes from a decoder; nothing is changed until `apply`.
+
+    Attributes:
+        before: about how many bytes go, for each weight.
+        own: how many bytes each weight takes afterwards, its data included.
+        shared: bytes of the decoder.
+    """
+
+    def __init__(
+        self, graph: Graph, opset: int, weights: Sequence[Centred], kinds: Sequence[Kind], mapper: Mapper
+    ) -> None:
+        """Makes everything that is to be put into the graph.
+
+        Args:
+            graph: the main graph.
+            opset: that it will have; it is raised to that by `apply`.
+            weights: at least one, of the main graph or of bodies.
+            kinds: of tokens, for each weight.
+            mapper: maps a function over items, for work in parallel.
+        """
+        self.graph, self.weights, self.opset, self.names = graph, weights, opset, (names := NameSource(graph))
+        batches = plan([weight.codes for weight in weights], kinds, mapper)
+        functions = [weight_function(opset)] if any(weight.scale is not None for weight in weights) else []
+        self.decoder = Decoder(opset, names, batches, functions)
+        vectors: list[list[Variable]] = [[] for _ in weights]
+        for part, vector in self.decoder.outputs:
+            vectors[part.vector].append(vector)
+        shapes: dict[int, dict[tuple[int, ...], Constant]] = {}
+        self.fragments = []
+        for weight, parts in zip(weights, vectors, strict=True):
+            scope = weight.coded.scope.graph
+            fragment = _decoded_weight(weight, parts[0], opset, names, shapes.setdefault(id(scope), {}))
+            if len(parts) > 1:
+                whole = Variable(names.fresh("h"))
+                fragment.nodes[0].inputs[0] = whole
+                fragment.nodes.insert(0, Node("Concat", list(parts), [whole], {"axis": 0}))
+            self.fragments.append(fragment)
+        outputs = output_ids(graph)
+        self.before = [_replaced_bytes(weight, outputs) for weight in weights]
+        data = [0.0] * len(weights)
+        for sequence in (sequence for batch in batches for sequence in batch):
+            for part in sequence.parts:
+                data[part.vector] += sequence.coded.nbytes * (part.stop - part.start) / sequence.coded.count
+        nodes = [
+            fragment.nbytes(weight.coded.scope.graph) + _renaming(weight.target, fragment.output.name)
+            for weight, fragment in zip(weights, self.fragments, strict=True)
+        ]
+        self.own = [size + round(share) for size, share in zip(nodes, data, strict=True)]
+        self.shared = self.decoder.nbytes + sum(nodes) - sum(self.own)
+
+    def apply(self) -> tuple[list[int], list[int]]:
+        """Changes the graph; returns the bytes that went and that came for each weight, which sum to those of the file."""
+        scopes = [scope.graph for scope in self.graph.scopes()]
+        sizes = {id(item): item_bytes(item, scope) for scope in scopes for item in scope.items}
+        before = [
+            sum(sizes[id(item)] for item in self._replace(weight, fragment))
+            for weight, fragment in zip(self.weights, self.fragments, strict=True)
+        ]
+        if self.opset > self.graph.opset:
+            self.shared += raise_opset(self.graph, self.opset, self.names)
+        self.decoder.insert(self.graph)
+        total = sum(self.own)
+        ends = [self.shared * amount // total for amount in np.cumsum(self.own).tolist()]
+        return before, [own + end - start for own, start, end in zip(self.own, [0, *ends], ends, strict=False)]
+
+    def _replace(self, weight: Centred, fragment: Fragment) -> list[Node | Constant]:
+        """Puts a fragment where the target of a weight was; returns what went."""
+        scope, target, output = weight.coded.scope.graph, weight.target, fragment.output
+        if weight.scale is not None:
+            fragment.nodes[-1].inputs[1] = weight.scale
+        output.dtype, output.shape = target.dtype, target.shape
+        if isinstance(target, Variable):
+            output.info = target.info
+        replace_everywhere(scope, target, output)
+        scope.nodes[:0] = fragment.nodes
+        scope.constants.extend(fragment.constants)
+        return remove_dead(self.graph, [target if isinstance(target, Constant) else target.inputs[0]])
+
+
+def _renaming(target: Tensor, name: str) -> int:
+    """Returns by how many bytes the readers of a tensor grow when it gets another name."""
+    reads = sum(tensor is target for node in target.outputs for tensor in node.inputs)
+    return reads * (framed_bytes(len(name.encode())) - framed_bytes(len(target.name.encode())))
+
+
+def _replaced_bytes(weight: Centred, outputs: set[int]) -> int:
+    """Returns the bytes of what only the target of a weight needs, without the scale that stays."""
+    scope = weight.coded.scope.graph
+    if isinstance(weight.target, Constant):
+        return constant_bytes(weight.target, scope)
+    own = {id(node): node for node in weight.coded.nodes}
+    needed: dict[int, Node] = {}
+    queue = list(weight.target.inputs)
+    while queue:
+        node = queue.pop()
+        if id(node) in own and id(node) not in needed:
+            needed[id(node)] = node
+            queue.extend(producer for tensor in node.inputs for producer in tensor.inputs)
+    kept = constant_bytes(weight.scale, scope) if weight.scale is not None else 0
+    return footprint(list(needed.values()), scope, outputs) - kept
