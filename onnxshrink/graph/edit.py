@@ -220,12 +220,24 @@ def constant_bytes(constant: Constant, scope: Graph) -> int:
     tensor = tensor_bytes(constant)
     described = framed_bytes(constant.info.ByteSize()) if constant.info is not None else 0
     if constant.holder is None and not scope.is_function:
-        return framed_bytes(tensor) + described
+        return framed_bytes(tensor + _name_change(constant)) + described
     attribute = framed_bytes(tensor) + onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR).ByteSize()
     node = onnx.NodeProto(op_type="Constant", output=[constant.name])
     if constant.holder is not None:
         node.MergeFrom(constant.holder)
     return framed_bytes(framed_bytes(attribute) + node.ByteSize()) + described
+
+
+def _name_change(constant: Constant) -> int:
+    """Returns by how many bytes the name of an initializer is longer than the one it was read with."""
+    stored = constant.stored
+    if stored is None or stored.external is not None or isinstance(stored.tensor, onnx.SparseTensorProto):
+        return 0  # counted with the name it is written with
+    return _name_bytes(constant.name) - _name_bytes(stored.tensor.name)
+
+
+def _name_bytes(name: str) -> int:
+    return framed_bytes(len(name.encode())) if name else 0
 
 
 def node_bytes(node: Node) -> int:
