@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxshrink.api import Compressed, Verification, bench, compress, expand, inspect, verify
+    from onnxshrink.api import Compressed, Verification, bench, compress, expand, inspect, load, verify
     from onnxshrink.contract import Pass, Rule, Step
     from onnxshrink.errors import ShrinkError
     from onnxshrink.recipe import Recipe, read_recipe
@@ -29,12 +29,13 @@ __all__ = [
     "compress",
     "expand",
     "inspect",
+    "load",
     "read_recipe",
     "verify",
 ]
 
 _HOMES = {
-    "api": ("Compressed", "Verification", "bench", "compress", "expand", "inspect", "verify"),
+    "api": ("Compressed", "Verification", "bench", "compress", "expand", "inspect", "load", "verify"),
     "contract": ("Pass", "Rule", "Step"),
     "errors": ("ShrinkError",),
     "recipe": ("Recipe", "read_recipe"),

@@ -18,11 +18,11 @@ from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.levels import MOST_STEPS, by_channel, round_rows, step_levels
+from onnxshrink.numerics.levels import MOST_STEPS, by_channel, relative_scales, round_rows, step_levels
 from onnxshrink.numerics.rates import Layer, sampled
 from onnxshrink.sensitivity import OutputProbe
 
-__all__ = ["Plan", "plan", "relative_scales"]
+__all__ = ["Plan", "plan"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _PROBED_STEP = 0.5  # of the rms: about 3 bits, where the outputs move enough to tell and little enough to be proportional
@@ -57,16 +57,6 @@ def plan(graph: Graph, weights: Sequence[Weight], context: Context, probe: Outpu
         plans[id(weight)] = _plan(weight, grams, probe)
         context.progress(len(plans), 2 * len(weights))
     return [plans[id(weight)] for weight in weights]
-
-
-def relative_scales(matrix: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Returns the root of each row's rms, relative to their geometric mean, for a matrix [rows, columns]."""
-    rms = np.sqrt(np.mean(np.square(matrix, dtype=np.float64), axis=1))
-    used = rms > 0
-    if not used.any():
-        return np.ones(len(matrix), np.float32)
-    typical = np.exp(np.mean(np.log(rms[used])))
-    return np.sqrt(np.where(used, rms / typical, 1.0)).astype(np.float32)
 
 
 def _with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Iterator[tuple[Weight, Array | None]]:

@@ -30,60 +30,65 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _Coded = tuple[dict[str, Coding], Repaired, list[str]]
 _MOST_TRIALS = 3
 _CLOSE_DB = 0.5  # from the target, on the better side
+_FITTED, _FEWEST_TO_PART = 2 / 3, 6
 _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the error
 
 
-def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context) -> _Coded:
+def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
-    plans = plan(graph, weights, context, _probe(graph, context))
-    steps = steps_for_rate([item.layer for item in plans], bits)
-    codings, repaired = _code(graph, plans, steps, context)
+    fitting, probe = _parted(graph, context)
+    plans = plan(graph, weights, fitting, probe)
+    codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
     return codings, repaired, [_summary(codings)]
 
 
-def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, context: Context) -> _Coded:
+def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings with which the outputs have about that SQNR; otherwise as `code_for_rate`.
 
     A weight that would need far more levels than a byte can tell has no coding. Without calibration data there is nothing to
     measure: every weight then gets an equal share of the error, as if the relative error of its values were that of the outputs.
     """
-    probe = _probe(graph, context)
-    every = plan(graph, weights, context, probe)
+    fitting, probe = _parted(graph, context)
     target = aim = 10 ** (-decibels / 10)
-    for trial in range(_MOST_TRIALS):
-        plans, steps = _codable(every, aim)
-        codings, repaired = _code(graph, plans, steps, context)
-        if probe is None:
-            return codings, repaired, [_summary(codings), "no calibration data: steps follow from the weights alone"]
-        drift = probe.squared_drift(_decoded(plans, codings))
+    plans = _codable(plan(graph, weights, fitting, probe), target)
+    layers = [item.layer for item in plans]
+    reached = ""
+    aside = " that took no part in it" if fitting.activations is not context.activations else ""
+    for trial in range(_MOST_TRIALS if probe is not None else 0):
+        steps = steps_for_error(layers, aim)
+        drift = probe.squared_drift(_decoded(plans, *_code(graph, plans, steps, fitting, rate_weight))) if probe is not None else 0.0
         missed = 10 * math.log10(max(drift, 1e-30) / target)
+        reached = f"{decibels - missed:.1f} dB on calibration inputs{aside}, aiming at {decibels:g}"
         if -_CLOSE_DB <= missed <= 0 or trial == _MOST_TRIALS - 1:
             break
         aim *= 10 ** (-(missed + _CLOSE_DB / 2) / 10)
-    reached = -10 * math.log10(max(drift, 1e-30))
-    return codings, repaired, [_summary(codings), f"{reached:.1f} dB on calibration inputs, aiming at {decibels:g}"]
+    codings, repaired = _code(graph, plans, steps_for_error(layers, aim), context, rate_weight)
+    return codings, repaired, [_summary(codings), reached or "no calibration data: steps follow from the weights alone"]
 
 
-def _codable(plans: Sequence[Plan], squared_error: float) -> tuple[list[Plan], list[float]]:
-    """Returns the plans that codes of a byte suffice for, or nearly, and their steps."""
+def _codable(plans: Sequence[Plan], squared_error: float) -> list[Plan]:
+    """Returns the plans that codes of a byte suffice for, or nearly."""
     wanted = steps_for_error([replace(item.layer, finest=0.0) for item in plans], squared_error)
-    bounded = steps_for_error([item.layer for item in plans], squared_error)
-    kept = [index for index, (fine, step) in enumerate(zip(wanted, bounded, strict=True)) if fine * _TOO_COARSE >= step]
-    return [plans[index] for index in kept], [bounded[index] for index in kept]
+    return [item for item, step in zip(plans, wanted, strict=True) if step * _TOO_COARSE >= item.layer.finest]
 
 
-def _probe(graph: Graph, context: Context) -> OutputProbe | None:
-    probe = OutputProbe(graph, context.activations) if context.activations is not None else None
-    return probe if probe is not None and probe.is_possible else None
+def _parted(graph: Graph, context: Context) -> tuple[Context, OutputProbe | None]:
+    """Returns the context with two thirds of the calibration data, and a probe on the rest: what was fitted must not judge."""
+    data = context.activations
+    if data is None:
+        return context, None
+    fitting, judging = (data.part(0, _FITTED), data.part(_FITTED, 1)) if data.count >= _FEWEST_TO_PART else (data, data)
+    probe = OutputProbe(graph, judging)
+    return replace(context, activations=fitting), probe if probe.is_possible else None
 
 
 def _code(
-    graph: Graph, plans: Sequence[Plan], steps: Sequence[float], context: Context
+    graph: Graph, plans: Sequence[Plan], steps: Sequence[float], context: Context, rate_weight: float
 ) -> tuple[dict[str, Coding], Repaired]:
     scales = {item.weight.site: _half(item.scales * np.float32(step)) for item, step in zip(plans, steps, strict=True)}
 
     def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[Levels, str]:
-        return step_levels(rows, scales[weight.site]), f"uniform grid, {len(rows)} channels"
+        return step_levels(rows, scales[weight.site], rate_weight), f"uniform grid, {len(rows)} channels"
 
     codings, repaired = code_in_turn(graph, [item.weight for item in plans], levels_of, context)
     return {site: _with_entropy(coding) for site, coding in codings.items()}, repaired
@@ -101,8 +106,10 @@ def _half(scales: Array) -> Array:
     return scales.astype(np.float16).astype(np.float32)
 
 
-def _decoded(plans: Sequence[Plan], codings: dict[str, Coding]) -> dict[str, Array]:
-    return {item.weight.site: codings[item.weight.site].decoded(item.weight.constant.dtype) for item in plans}
+def _decoded(plans: Sequence[Plan], codings: dict[str, Coding], repaired: Repaired) -> dict[str, Array]:
+    """Returns the values that weights and biases get, by site."""
+    values = {item.weight.site: codings[item.weight.site].decoded(item.weight.constant.dtype) for item in plans}
+    return values | {bias.name: shifted for bias, shifted in repaired.biases.values()}
 
 
 def _summary(codings: dict[str, Coding]) -> str:

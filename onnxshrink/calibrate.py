@@ -44,6 +44,8 @@ from onnxshrink.runtime import session
 __all__ = ["Calibration"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, leave no large gap (Steinhaus's three-gap theorem)
+_LEAST_SAMPLES, _ENOUGH_POSITIONS = 64, 64  # positions for each column
 _Moments = TypeVar("_Moments", Gram, PairedGram)
 
 
@@ -68,6 +70,11 @@ class Calibration:
         """How many samples there are."""
         return len(self._data)
 
+    def part(self, start: float, stop: float) -> Calibration:
+        """Returns those of a share of the samples, in order: from ``start`` to ``stop`` of them, 0 to 1."""
+        count = len(self._data)
+        return Calibration(self._data[round(start * count) : round(stop * count)], self._threads, self._memory)
+
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name.
 
@@ -86,9 +93,9 @@ class Calibration:
         return self._iterate(graph, names, self._data)
 
     def grams(self, graph: Graph, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Gram]]:
-        """Yields the moments, over all samples, of what each weight is multiplied with, see `onnxshrink.graph.lowering`.
+        """Yields the moments, over as many samples as it takes, of what each weight is multiplied with, see `onnxshrink.graph.lowering`.
 
-        Layers are taken in groups that fit in memory, and each group is one run over all samples. Weights that meet the same
+        Layers are taken in groups that fit in memory, and each group is one run. Weights that meet the same
         positions share one Gram object; the moments of a tied weight are summed over its uses.
 
         Args:
@@ -217,37 +224,46 @@ class Calibration:
         return {name: sizes.get(name, 0) for name in running.names.values()}
 
     def _sums(self, running: Running, group: Iterable[Lowerings]) -> dict[Lowering, Gram]:
-        """Returns the moments of all lowerings of a group, from one run over all samples."""
+        """Returns the moments of all lowerings of a group, from one run over the samples, or as many as it takes."""
         ways = {one for job in group for one in job}
         sums = {one: GramSum(running.title(one), one.groups, one.columns) for one in ways}
-        for values in self.samples(running.graph, running.wanted(ways)):
+        for done, values in enumerate(self._iterate(running.graph, running.wanted(ways), self._mixed()), 1):
             for one, total in sums.items():
                 with _refusals():
                     for chunk in one.chunks(running.values(one, values)):
                         total.add(chunk)
+            if _suffices(done, sums.values()):
+                break
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
 
     def _paired_sums(
         self, now: Running, before: Running, twins: Mapping[Lowering, Lowering], group: Iterable[Lowerings]
     ) -> dict[Lowering, PairedGram]:
-        """Returns the moments of all lowerings of a group, from one run of both graphs over all samples."""
+        """Returns the moments of all lowerings of a group, from one run of both graphs over the samples, or as many as it takes."""
         ways = {one for job in group for one in job}
         sums = {one: PairedGramSum(now.title(one), one.groups, one.columns) for one in ways}
-        feeds, again = itertools.tee(self._data)
+        feeds, again = itertools.tee(self._mixed())
         runs = (
             self._iterate(running.graph, running.wanted(wanted), data)
             for running, wanted, data in ((now, ways, feeds), (before, [twins[one] for one in ways], again))
         )
-        for values, originals in zip(*runs, strict=True):
+        for done, (values, originals) in enumerate(zip(*runs, strict=True), 1):
             for one, total in sums.items():
                 mine, theirs = now.values(one, values), before.values(twins[one], originals)
                 _check_shapes(now.title(one), mine.values(), theirs.values())
                 with _refusals():
                     for chunk, original in zip(one.chunks(mine), twins[one].chunks(theirs), strict=True):
                         total.add(original, chunk)
+            if _suffices(done, sums.values()):
+                break
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
+
+    def _mixed(self) -> Iterator[Feeds]:
+        """Yields the samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
+        count = len(self._data)
+        return (self._data[index] for index in sorted(range(count), key=lambda index: (index * _GOLDEN) % 1.0))
 
     def _iterate(self, graph: Graph, names: Sequence[str], data: Iterable[Feeds]) -> Iterator[Mapping[str, Array]]:
         known = tensors_by_name(graph)
@@ -273,6 +289,11 @@ def _refusals() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValidationError(f"calibration: {error}") from None
+
+
+def _suffices(samples: int, sums: Iterable[GramSum | PairedGramSum]) -> bool:
+    """Whether more samples would cost time and hardly change the moments."""
+    return samples >= _LEAST_SAMPLES and all(total.positions_per_column >= _ENOUGH_POSITIONS for total in sums)
 
 
 def _check_shapes(title: str, values: Iterable[Array], originals: Iterable[Array]) -> None:

@@ -134,7 +134,8 @@ def compress(
 ) -> None:
     """Compress a model and check the result against the original.
 
-    Without --recipe and --pass it tidies the graph and shares weights at 8 bits, held to 30 dB SQNR.
+    Without --recipe and --pass it tidies the graph, shares weights and Huffman codes them, held to the limits or 30 dB SQNR:
+    with as few bits as that takes when there are sample inputs, with 8 bits when there are none.
     """
     from onnxshrink import api, tables
     from onnxshrink.graph.files import atomic_file, check_output
@@ -251,18 +252,17 @@ def demo(as_json: AsJson = False) -> None:
 
 def _plan(
     recipe_path: Path | None, texts: list[str], min_sqnr: float | None, max_drift: float | None, min_agreement: float | None
-) -> tuple[Recipe, Tolerance]:
-    """Returns what to run and the limits: those of the command line, else the recipe's, else the default's."""
+) -> tuple[Recipe | None, Tolerance | None]:
+    """Returns what to run and the limits: those of the command line, else the recipe's; None for the defaults."""
     from onnxshrink.contract import Step
-    from onnxshrink.recipe import Recipe, default_recipe, parse_pass, read_recipe
+    from onnxshrink.recipe import Recipe, parse_pass, read_recipe
     from onnxshrink.validate import Tolerance
 
-    extra = tuple(Step(parse_pass(text)) for text in texts)
-    if recipe_path is not None:
-        base = read_recipe(recipe_path)
-    else:
-        base = Recipe(()) if extra else default_recipe()
     given = Tolerance(min_sqnr, max_drift, min_agreement)
+    extra = tuple(Step(parse_pass(text)) for text in texts)
+    if recipe_path is None and not extra:
+        return None, given if given.is_set else None
+    base = read_recipe(recipe_path) if recipe_path is not None else Recipe(())
     chosen = Recipe((*base.steps, *extra), base.tolerance)
     if not chosen.steps:
         raise OptionError(f"recipe {recipe_path}: has no pass, and none was given with --pass: there is nothing to do")

@@ -82,10 +82,13 @@ def code_in_turn(
     def rewrite(weight: Weight, wanted: Array, grams: Array | None) -> Array:
         original = weight.layout.forward(weight.constant.values)
         channels = weight.channels
-        importance = None if grams is None else np.mean(np.diagonal(grams, axis1=1, axis2=2), axis=0)
-        levels, detail = levels_of(weight, by_channel(original, channels), importance)
+        rows = by_channel(original, channels)
+        importance = None
+        if grams is not None:
+            importance = np.tile(np.mean(np.diagonal(grams, axis1=1, axis2=2), axis=0), rows.shape[1] // original.shape[1])
+        levels, detail = levels_of(weight, rows, importance)
         of_rows = levels.rows(channels if levels.count > 1 else np.zeros_like(channels))
-        rounded = round_rows(wanted, grams, of_rows, _pruned(original))
+        rounded = round_rows(wanted, grams, of_rows, _pruned(original, of_rows))
         codings[weight.site] = _coding(weight, of_rows.codes(rounded), levels, detail, repaired=grams is not None)
         return rounded
 
@@ -93,10 +96,11 @@ def code_in_turn(
     return codings, repaired
 
 
-def _pruned(matrix: Array) -> Array | None:
-    """Returns where the zeros of a pruned weight are, or None if it is not one."""
+def _pruned(matrix: Array, levels: Levels) -> Array | None:
+    """Returns where the zeros of a pruned weight are, or None if it is not one, or its rows have no level for them."""
     zeros = matrix == 0
-    return zeros if np.count_nonzero(zeros) > _FEW_ZEROS * matrix.size else None
+    pruned = np.count_nonzero(zeros) > _FEW_ZEROS * matrix.size and not levels.snap(np.zeros(len(matrix))).any()
+    return zeros if pruned else None
 
 
 def _coding(weight: Weight, matrix_codes: Array, levels: Levels, detail: str, repaired: bool) -> Coding:

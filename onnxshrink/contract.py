@@ -80,11 +80,14 @@ class Activations(Protocol):
     def count(self) -> int:
         """How many samples there are."""
 
+    def part(self, start: float, stop: float) -> Activations:
+        """Returns those of a share of the samples, in order: from ``start`` to ``stop`` of them, 0 to 1."""
+
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, np.ndarray[Any, np.dtype[Any]]]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name."""
 
     def grams(self, graph: Graph, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Gram]]:
-        """Yields the moments, over all samples, of what each weight is multiplied with.
+        """Yields the moments, over as many samples as it takes, of what each weight is multiplied with.
 
         In the order in which the graph runs; weights that meet the same values come together and share one Gram object. Weights
         that have no `onnxshrink.graph.lowering` are left out: `lowerings` there says why.

@@ -36,7 +36,7 @@ from onnxshrink.graph.files import MAX_MESSAGE_BYTES, load, materialised
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.storage import element_type
 
-__all__ = ["AnyModel", "InputSpec", "Role", "Session", "is_floating", "is_integer", "session"]
+__all__ = ["AnyModel", "InputSpec", "Role", "Session", "is_floating", "is_integer", "plain_session", "session"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 AnyModel = str | os.PathLike[str] | bytes | onnx.ModelProto | Graph
@@ -182,6 +182,26 @@ def session(model: AnyModel, threads: int | None = None, role: Role = "candidate
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise ModelReadError(f"{os.fspath(model)}: cannot be read: there is no such file")
     return Session(model if isinstance(model, bytes) else os.fspath(model), threads, role)
+
+
+def plain_session(graph: Graph, **options: Any) -> Any:
+    """Returns an onnxruntime.InferenceSession of a graph, for callers who want that and not ours.
+
+    Args:
+        graph: only read.
+        options: of InferenceSession; the CPU provider by default.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime cannot load it.
+    """
+    options.setdefault("providers", ["CPUExecutionProvider"])
+    with materialised(graph) as (model, _):  # ONNX Runtime keeps external data open or mapped: the files may go
+        source = model if isinstance(model, str) else model.SerializeToString()
+        try:
+            return onnxruntime.InferenceSession(source, **options)
+        except Exception as error:  # its exceptions share no base class of their own
+            reason = _reason(str(error))
+            raise UnsupportedModelError(f"model: ONNX Runtime cannot load it: {reason}") from None
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:

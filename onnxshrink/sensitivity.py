@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxshrink.contract import Activations
 from onnxshrink.graph.edit import set_values
-from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.ir import Graph, Tensor
 from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import weights
 
@@ -42,7 +42,7 @@ class OutputProbe:
         """
         self._graph = graph
         self._activations = activations
-        self._names = list(dict.fromkeys(tensor.name for tensor in graph.outputs))
+        self._names = list(dict.fromkeys(tensor.name for tensor in graph.outputs if _is_tensor(tensor)))
         self._expected: list[dict[str, Array]] = []
         elements = 0
         for values in itertools.islice(activations.samples(graph, self._names), _SAMPLES):
@@ -55,8 +55,8 @@ class OutputProbe:
 
     @property
     def is_possible(self) -> bool:
-        """Whether there is an output to measure: floating point, and not zero on all inputs."""
-        return any(np.any(floats[name]) for floats in self._expected for name in self._names)
+        """Whether there is an output to measure: floating point, and neither zero nor NaN on all inputs."""
+        return any(np.any(floats[name][np.isfinite(floats[name])]) for floats in self._expected for name in self._names)
 
     def squared_drift(self, values: Mapping[str, Array]) -> float:
         """Returns the squared relative L2 error of the worst output, over the samples; infinite if one is not finite.
@@ -82,5 +82,10 @@ class OutputProbe:
                 errors[name] += float(np.square(got[name][usual] - wide).sum())
                 powers[name] += float(np.square(wide).sum())
         drifts = [errors[name] / powers[name] for name in self._names if powers[name] > 0]
-        worst = max(drifts, default=0.0)
+        worst = float(np.max(drifts, initial=0.0))  # NaN if one is
         return worst if np.isfinite(worst) else float("inf")
+
+
+def _is_tensor(output: Tensor) -> bool:
+    """Whether a graph output is described as a tensor, not as a sequence, a map or an optional."""
+    return output.info is None or output.info.type.WhichOneof("value") in (None, "tensor_type")

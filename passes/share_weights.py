@@ -45,7 +45,7 @@ from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.distribution import codes_of, distinct_values
 from onnxshrink.numerics.grids import fit_grid
-from onnxshrink.numerics.levels import GridLevels, Levels, cluster_levels
+from onnxshrink.numerics.levels import GridLevels, Levels, cluster_levels, relative_scales, step_levels
 from onnxshrink.options import option
 from onnxshrink.repair import Repaired
 
@@ -55,6 +55,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MOST_BITS, _HALF_BITS = 8, 16
 _LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
 _WEAKER_SQNR_DB, _WEAKER_RATE = 1.5, 1.1
+_HIGHEST_SQNR_DB = 70.0  # codes of a byte reach no further
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class ShareWeights(Pass):
     sqnr: float | None = option(
         None, "SQNR of the outputs to aim at, in dB, with as few bits as that takes", low=-20.0, high=120.0, per_site=False
     )
+    step: float | None = option(None, "step of a uniform grid, in rms of the weights; not with bits", low=0.001, high=8.0)
+    rate_weight: float = option(
+        0.0, "squared steps of error that a bit of entropy is worth, for grids with steps", low=0.0, high=4.0, per_site=False
+    )
     repair: bool = option(True, "whether calibration data, if any, is used to make up for errors", per_site=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +113,8 @@ class ShareWeights(Pass):
     def weaker(self) -> Self | None:
         """Returns the pass with one bit more, or a larger budget."""
         if self.sqnr is not None:
-            return replace(self, sqnr=self.sqnr + _WEAKER_SQNR_DB)
+            higher = self.sqnr + _WEAKER_SQNR_DB
+            return replace(self, sqnr=higher) if higher <= _HIGHEST_SQNR_DB else None
         if self.bits_per_weight is not None:
             more = self.bits_per_weight * _WEAKER_RATE
             return replace(self, bits_per_weight=more) if more <= _MOST_BITS else None
@@ -123,15 +129,23 @@ class ShareWeights(Pass):
         lossy = [weight for weight, answer in zip(found, settled, strict=True) if answer is None]
         codings, repaired, notes = self._code(graph, lossy, options, context)
         names = NameSource(graph)
+        layers = {id(bias): site for site, (bias, _) in repaired.biases.items()}
         answers = [
             _store(weight, answer or codings.get(weight.site) or _halve(weight, weight.constant.values), names)
             for weight, answer in zip(found, settled, strict=True)
+            if id(weight.constant) not in layers
         ]
-        changes = [answer for answer in answers if isinstance(answer, Change)]
-        changed = {change.site for change in changes}
+        changed = {answer.site for answer in answers if isinstance(answer, Change)}
         for site, (bias, values) in repaired.biases.items():
             if site in changed:
                 set_values(bias, values)
+        for weight in found:
+            form = _settled(weight, options[weight.site]) if id(weight.constant) in layers else None
+            if form is not None:
+                answer = _store(weight, form, names)
+                if isinstance(answer, Change) or layers[id(weight.constant)] not in changed:
+                    answers.append(answer)  # a bias that moved and stays dense is part of its layer, no site left as it was
+        changes = [answer for answer in answers if isinstance(answer, Change)]
         return Report(changes, [*coded, *(answer for answer in answers if isinstance(answer, Skip))], notes)
 
     def _code(
@@ -140,11 +154,14 @@ class ShareWeights(Pass):
         """Returns the codings of weights that do not come out exactly, by site; what was done beside; and what to say of it."""
         context = context if self.repair else replace(context, activations=None)
         if not lossy or not self.has_budget:
-            chosen = {weight.site: options[weight.site] for weight in lossy}
-            return *code_in_turn(graph, lossy, lambda weight, rows, _: _levels(rows, chosen[weight.site]), context), []
+
+            def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[Levels, str]:
+                return _levels(rows, importance, options[weight.site])
+
+            return *code_in_turn(graph, lossy, levels_of, context), []
         if self.sqnr is not None:
-            return code_for_sqnr(graph, lossy, self.sqnr, context)
-        return code_for_rate(graph, lossy, self.bits_per_weight or _MOST_BITS, context)
+            return code_for_sqnr(graph, lossy, self.sqnr, context, self.rate_weight)
+        return code_for_rate(graph, lossy, self.bits_per_weight or _MOST_BITS, context, self.rate_weight)
 
 
 def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | _Half | Skip | None:
@@ -185,16 +202,22 @@ def _halve(weight: Weight, values: Array) -> _Half | Skip:
     return _Half()
 
 
-def _levels(rows: Array, chosen: ShareWeights) -> tuple[Levels, str]:
+def _levels(rows: Array, importance: Array | None, chosen: ShareWeights) -> tuple[Levels, str]:
     """Returns the values that the options give channels, or all of them where there are none, and one line about them."""
     if chosen.per == "tensor":
+        importance = None if importance is None else np.tile(importance, len(rows))
         rows = rows.reshape(1, -1)
     where = "" if len(rows) == 1 else f", {len(rows)} channels"
+    if chosen.step is not None:
+        rms = np.float32(np.sqrt(np.mean(np.square(rows, dtype=np.float64))) or 1.0)
+        steps = chosen.step * rms * relative_scales(rows, {"tensor": 0.0, "scale": 0.5, "channel": 1.0}[chosen.per])
+        return step_levels(rows, steps, chosen.rate_weight), f"uniform grid, steps of {chosen.step:g} rms{where}"
     codebook_pays = rows.size * chosen.bits >= _LEAST_CODES_PER_CODEBOOK * 2**chosen.bits * 16
     if chosen.method == "uniform" or (chosen.method == "auto" and not codebook_pays):
         return GridLevels(fit_grid(rows, chosen.bits)), f"uniform grid of {chosen.bits} bits{where}"
     scaled = len(rows) > 1 and chosen.per == "scale"
-    levels = cluster_levels(rows, 2**chosen.bits, each=len(rows) > 1 and chosen.per == "channel", scaled=scaled)
+    each = len(rows) > 1 and chosen.per == "channel"
+    levels = cluster_levels(rows, 2**chosen.bits, each=each, scaled=scaled, importance=importance)
     return levels, f"k-means to {2**chosen.bits} values{where}{', scaled' if scaled else ''}"
 
 

@@ -412,7 +412,19 @@ def test_samples_of_pairs_are_read_once() -> None:
     samples = Samples(lambda index: [read.append(index), data()[index]][1], range(3), "test")
     only = [weight for weight in weights(original) if weight.site == "last"]
     list(Calibration(samples).paired_grams(original, only, original))
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
+
+
+def test_moments_take_samples_from_all_over_and_stop_when_there_are_enough() -> None:
+    read: list[int] = []
+    graph = load(parser.parse_model(TWO_LAYERS))
+    first = data()[0]
+    wide = {name: np.concatenate([array] * 40) for name, array in first.items()}
+    samples = Samples(lambda index: [read.append(index), wide][1], range(1000), "test")
+    only = [weight for weight in weights(graph) if weight.site == "last"]
+    list(Calibration(samples).grams(graph, only))
+    assert len(read) < 200
+    assert np.abs(np.quantile(read, [0.0, 0.25, 0.5, 0.75, 1.0]) - [0, 250, 500, 750, 1000]).max() < 60
 
 
 def test_pairs_of_another_model_are_refused() -> None:

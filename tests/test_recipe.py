@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from onnxshrink.contract import Rule, Step
 from onnxshrink.errors import OptionError, RecipeError, RegistryError
 from onnxshrink.options import option_infos
+from onnxshrink.passes.huffman import Huffman
 from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.sparsify import Sparsify
 from onnxshrink.passes.tidy import Tidy
@@ -82,8 +83,27 @@ class TestReading:
         assert recipe == Recipe(())
         assert not recipe.tolerance.is_set
 
-    def test_the_default_tidies_and_shares_eight_bits_within_30_db(self) -> None:
-        assert default_recipe() == Recipe((Step(Tidy()), Step(ShareWeights(bits=8))), Tolerance(min_sqnr_db=30.0))
+    def test_the_default_tidies_shares_and_codes_within_30_db(self) -> None:
+        steps = (Step(Tidy()), Step(ShareWeights(bits=8)), Step(Huffman()))
+        assert default_recipe() == Recipe(steps, Tolerance(min_sqnr_db=30.0))
+
+    @pytest.mark.parametrize(
+        ("limits", "sqnr"),
+        [
+            (None, 30.0),
+            (Tolerance(), 30.0),
+            (Tolerance(min_sqnr_db=22.0), 22.0),
+            (Tolerance(max_drift=0.01), 40.0),
+            (Tolerance(max_drift=0.1, min_sqnr_db=35.0), 35.0),
+            (Tolerance(min_agreement=0.99), 15.0),
+            (Tolerance(min_sqnr_db=200.0), 100.0),
+        ],
+    )
+    def test_with_calibration_data_the_default_aims_at_the_limit(self, limits: Tolerance | None, sqnr: float) -> None:
+        recipe = default_recipe(limits, calibrated=True)
+        assert [step.run for step in recipe.steps] == [Tidy(), ShareWeights(sqnr=recipe.steps[1].run.sqnr), Huffman()]
+        assert recipe.steps[1].run.sqnr == pytest.approx(sqnr)
+        assert recipe.tolerance == (limits if limits is not None and limits.is_set else Tolerance(min_sqnr_db=30.0))
 
     @pytest.mark.parametrize("name", pass_names())
     def test_every_option_can_be_set_to_its_default(self, name: str) -> None:
@@ -138,7 +158,7 @@ REFUSED = [
     (entry('name = "tidi"'), "recipe, pass 1: unknown pass 'tidi'; did you mean 'tidy'? Known: "),
     (
         entry(SHARE + "options = { bit = 3 }"),
-        "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per",
+        "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, method, per, rate-weight, repair, sqnr, step",
     ),
     (
         f"{entry(SHARE)}\n[[pass]]\nnmae = 3",
@@ -260,7 +280,7 @@ class TestPassTexts:
             ("share-weights:bits=3=4", OptionError, "share-weights: bits must be a whole number, got '3=4'"),
             ("share-weights:bits=33", OptionError, "share-weights: bits must be "),
             ("share-weights:bits=2,bits=3", OptionError, "--pass share-weights: option 'bits' is given twice"),
-            ("share-weights:=3", OptionError, "share-weights: unknown option ''; known: bits, method, per"),
+            ("share-weights:=3", OptionError, "share-weights: unknown option ''; known: bits, bits-per-weight, method, per, rate-weight, repair, sqnr, step"),
             ("sparsify:sparsity=50%", OptionError, "sparsify: sparsity must be a number or none, got '50%'"),
         ],
     )

@@ -33,6 +33,7 @@ Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
 FIRST_OPSET = 7
 _FIRST_OPSET_IN_FUNCTIONS = 9  # where constants are Constant nodes, which held floats only before (Changelog.md, Constant-9)
 _NAMED_AFTER_WEIGHT = ("codebook", "codes", "half", "scale", "zero_point")  # the rest get short names: names are bytes too
+_PLANE_BYTES = 240  # what the nodes and constants that unpack a plane take: small tensors keep a byte a code
 _LEAST_HALVES = 32  # scales from which on two bytes less for each pay for a Cast
 MAX_FOLDED_BYTES = 2**30  # constant_folding.cc: larger results are not folded; indices are int32, so 4 bytes an element
 
@@ -136,9 +137,9 @@ class _Builder:
 
     def codes(self, codes: Uint8s, bits: int) -> Tensor:
         """Returns the tensor of codes, in their shape; uint8 as stored, or int32 as unpacked."""
-        if bits == 8:
-            return self.constant("codes", codes)
         widths = [width for width in (4, 2, 1) if bits & width]  # the binary digits of ``bits`` are the planes
+        if codes.size * (8 - bits) // 8 <= _PLANE_BYTES * len(widths):
+            return self.constant("codes", codes)
         padded = np.zeros(-(-codes.size // (8 // widths[-1])) * (8 // widths[-1]), np.uint8)  # whole bytes in every plane
         padded[: codes.size] = codes.reshape(-1)
         total, shift = self.plane(padded & (2 ** widths[0] - 1), widths[0]), widths[0]

@@ -20,6 +20,7 @@ from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, neares
 from onnxshrink.numerics.feedback import feedback, round_with_feedback
 from onnxshrink.numerics.grids import Grid, decode, encode
 from onnxshrink.numerics.lloyd import thresholds
+from onnxshrink.numerics.sketches import sketch
 
 __all__ = [
     "MOST_STEPS",
@@ -29,22 +30,28 @@ __all__ = [
     "RowBookLevels",
     "by_channel",
     "cluster_levels",
+    "relative_scales",
     "round_rows",
     "row_scales",
     "step_levels",
 ]
 
 Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
-MOST_STEPS = (
-    126  # on either side of zero, one less than a byte has room for: feedback may ask for more than the weight had
-)
+MOST_STEPS = 126  # on either side of zero, one less than a byte has room for: feedback asks for more than the weight had
 
 
 @dataclass(frozen=True, eq=False)
 class GridLevels:
-    """A uniform grid a row."""
+    """A uniform grid a row.
+
+    Attributes:
+        grid: of each row.
+        price: [levels], squared steps that a code costs beside its error, or None. A value then goes one step further towards zero
+            where that is worth it (entropy-constrained scalar quantization; Chou, Lookabaugh & Gray 1989).
+    """
 
     grid: Grid
+    price: Array | None = None
 
     @property
     def count(self) -> int:
@@ -55,11 +62,20 @@ class GridLevels:
         """Returns the levels of a selection of rows."""
         return replace(self, grid=Grid(self.grid.scale[index], self.grid.zero_point[index], self.grid.bits))
 
-    def snap(self, column: Array) -> Array:
-        """Returns the nearest allowed value for each row, float64 [rows], as float32 has it."""
-        lowest = -self.grid.zero_point
-        steps = np.clip(np.rint(column / self.grid.scale.astype(np.float64)), lowest, lowest + (2**self.grid.bits - 1))
-        snapped: Array = (steps.astype(np.float32) * self.grid.scale).astype(np.float64)
+    def snap(self, values: Array) -> Array:
+        """Returns the nearest allowed value for each row, or the best at its price, as float32 has it.
+
+        Args:
+            values: float64 [rows], a column, or [rows, columns].
+        """
+        scale, lowest = (array.reshape(-1, *[1] * (values.ndim - 1)) for array in (self.grid.scale, -self.grid.zero_point))
+        wanted = values / scale.astype(np.float64)
+        steps = np.clip(np.rint(wanted), lowest, lowest + (2**self.grid.bits - 1))
+        if self.price is not None:
+            nearer = steps - np.sign(steps)
+            costs = [(wanted - level) ** 2 + self.price[(level - lowest).astype(np.intp)] for level in (steps, nearer)]
+            steps = np.where(costs[1] < costs[0], nearer, steps)
+        snapped: Array = (steps.astype(np.float32) * scale).astype(np.float64)
         return snapped
 
     def codes(self, matrix: Array) -> Uint8s:
@@ -154,20 +170,28 @@ class RowBookLevels:
 Levels = GridLevels | BookLevels | RowBookLevels
 
 
-def step_levels(rows: Array, step: Array) -> GridLevels:
+def step_levels(rows: Array, step: Array, rate_weight: float = 0.0) -> GridLevels:
     """Returns grids of given steps, all with one zero point, so that a code means the same number of steps in every row.
 
     Args:
         rows: [rows, columns] finite.
         step: float32 [rows], positive; made larger, all by one factor, where more than 256 levels would be needed.
+        rate_weight: how many squared steps of error a bit is worth; 0 for the nearest level always. At high rate the slope of error
+            over bits is 2 ln 2 / 12, about 0.12. The bits of a level are those that plain rounding would need.
     """
     reach = np.abs(rows).max(axis=1, initial=0.0) / step
     coarser = max(1.0, float(reach.max(initial=0.0)) / MOST_STEPS)
     scale = (step * coarser).astype(np.float32)
-    return GridLevels(Grid(scale, np.full(len(scale), float(MOST_STEPS + 1), np.float32), 8))
+    grid = Grid(scale, np.full(len(scale), float(MOST_STEPS + 1), np.float32), 8)
+    if not rate_weight:
+        return GridLevels(grid)
+    counts = np.bincount(encode(rows, grid).reshape(-1), minlength=256) + 0.5  # none is impossible
+    return GridLevels(grid, -rate_weight * np.log2(counts / counts.sum()))
 
 
-def cluster_levels(rows: Array, k: int, *, each: bool = False, scaled: bool = True) -> BookLevels | RowBookLevels:
+def cluster_levels(
+    rows: Array, k: int, *, each: bool = False, scaled: bool = True, importance: Array | None = None
+) -> BookLevels | RowBookLevels:
     """Returns codebooks of least squared error, with an entry for zero where there are more zeros than an entry's share.
 
     Args:
@@ -175,15 +199,28 @@ def cluster_levels(rows: Array, k: int, *, each: bool = False, scaled: bool = Tr
         k: entries, 2 to 256.
         each: whether every row has a codebook of its own.
         scaled: whether rows are divided by a scale each before they share one.
+        importance: [columns], not negative: what squared errors in a column count. The diagonal of the Gram matrix of the inputs
+            makes them squared errors of the outputs (Choi et al., arXiv 1612.01543); without one all count alike.
     """
     keep_zero = bool(np.count_nonzero(rows == 0) * k > rows.size)
     if each:
-        return RowBookLevels(kmeans_rows(rows, k, keep_zero=keep_zero).astype(rows.dtype))
+        return RowBookLevels(kmeans_rows(rows, k, keep_zero=keep_zero, importance=importance).astype(rows.dtype))
     if not scaled:
-        return BookLevels(kmeans_1d(rows, k, keep_zero=keep_zero).astype(rows.dtype))
+        return BookLevels(kmeans_1d(sketch(rows, importance), k, keep_zero=keep_zero).astype(rows.dtype))
     scale = row_scales(rows)
-    codebook = kmeans_1d(rows.astype(np.float32) / scale[:, None], k, keep_zero=keep_zero)
+    counts = None if importance is None else np.square(scale[:, None], dtype=np.float64) * importance
+    codebook = kmeans_1d(sketch(rows.astype(np.float32) / scale[:, None], counts), k, keep_zero=keep_zero)
     return BookLevels(codebook.astype(np.float16), scale)  # as it is stored, so that codes fit it
+
+
+def relative_scales(rows: Array, exponent: float = 0.5) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Returns a power of each row's rms, relative to their geometric mean, for rows [rows, columns]; 1 for rows of zeros."""
+    rms = np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=1))
+    used = rms > 0
+    if not used.any():
+        return np.ones(len(rows), np.float32)
+    typical = np.exp(np.mean(np.log(rms[used])))
+    return (np.where(used, rms / typical, 1.0) ** exponent).astype(np.float32)
 
 
 def row_scales(rows: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -212,7 +249,8 @@ def round_rows(matrix: Array, grams: Array | None, levels: Levels, frozen: Array
         frozen: bool [rows, columns], zeros that stay zero; or None.
     """
     if grams is None:
-        rounded = levels.values(levels.codes(matrix)).astype(np.float64)
+        priced = isinstance(levels, GridLevels) and levels.price is not None
+        rounded = levels.snap(matrix) if priced else levels.values(levels.codes(matrix)).astype(np.float64)
         return rounded if frozen is None else np.where(frozen, 0.0, rounded)
     size = len(matrix) // len(grams)
     parts = []

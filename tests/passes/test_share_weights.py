@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxshrink.contract import Context, Report, Rule
+from onnxshrink.calibrate import Calibration
+from onnxshrink.contract import Change, Context, Report, Rule
 from onnxshrink.errors import OptionError
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
+from onnxshrink.inputs import Feeds, Samples
 from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
 from onnxshrink.numerics.grids import decode, encode, fit_grid
 from onnxshrink.passes.share_weights import ShareWeights
+from onnxshrink.testing import check_pass
+from onnxshrink.testing_models import awkward_models
 from tests import oracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -49,9 +57,17 @@ def dense(weight: Array, opset: int = 13) -> onnx.ModelProto:
     return oracle.make_model(nodes, inputs, outputs, [oracle.value("w", weight)], opset=opset)
 
 
-def run(subject: ShareWeights, model: onnx.ModelProto, *rules: Rule) -> tuple[onnx.ModelProto, Report]:
+def run(
+    subject: ShareWeights,
+    model: onnx.ModelProto,
+    *rules: Rule,
+    feeds: Sequence[Feeds] = (),
+    executor: Executor | None = None,
+) -> tuple[onnx.ModelProto, Report]:
+    """Returns what the pass makes of a model, with calibration data if there are feeds."""
     graph = load(model)
-    report = subject.apply(graph, Context(rules=rules))
+    data = Calibration(Samples(lambda index: feeds[index], range(len(feeds)), "test"), threads=1) if feeds else None
+    report = subject.apply(graph, Context(rules=rules, activations=data, executor=executor))
     sort_nodes(graph)
     result = to_model(graph)
     onnx.checker.check_model(result, full_check=True)
@@ -434,6 +450,14 @@ class TestOptions:
             ({"bits": 12}, "share-weights: bits must be 1 to 8, or 16 for float16, got 12"),
             ({"method": "huffman"}, "share-weights: method must be one of auto, exact, kmeans, uniform, got 'huffman'"),
             ({"per": "row"}, "share-weights: per must be one of tensor, channel, scale, got 'row'"),
+            ({"bits_per_weight": 0.01}, "share-weights: bits-per-weight must be a number from 0.1 to 8, got 0.01"),
+            ({"bits_per_weight": 9.0}, "share-weights: bits-per-weight must be a number from 0.1 to 8, got 9.0"),
+            ({"sqnr": 121.0}, "share-weights: sqnr must be a number from -20 to 120, got 121.0"),
+            ({"repair": 1}, "share-weights: repair must be true or false, got 1"),
+            (
+                {"bits_per_weight": 3.0, "sqnr": 30.0},
+                "share-weights: bits-per-weight and sqnr both set the steps; give one of them",
+            ),
         ],
     )
     def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:
@@ -450,9 +474,256 @@ class TestOptions:
         assert seen == [3, 4, 5, 6, 7, 8]
         assert ShareWeights(bits=16).weaker() is None
 
+    @pytest.mark.parametrize("least", [0.1, 1.0, 3.0, 7.9])
+    def test_weaker_is_a_tenth_more_bits_up_to_eight(self, least: float) -> None:
+        seen, subject = [], ShareWeights(bits_per_weight=least)
+        while subject is not None:
+            seen.append(subject.bits_per_weight)
+            subject = subject.weaker()
+        assert seen == pytest.approx(list(least * 1.1 ** np.arange(len(seen))))
+        assert 8 / 1.1 < seen[-1] <= 8
+        assert len(seen) <= 60
+
+    @pytest.mark.parametrize("least", [-20.0, 0.0, 30.0, 69.0, 119.0])
+    def test_weaker_is_more_decibels_and_comes_to_an_end(self, least: float) -> None:
+        seen, subject = [], ShareWeights(sqnr=least)
+        while subject is not None:
+            seen.append(subject.sqnr)
+            subject = subject.weaker()
+        assert seen == pytest.approx(list(least + 1.5 * np.arange(len(seen))))
+        assert len(seen) <= 64
+
     def test_a_spared_site_is_stored_in_16_bits(self) -> None:
-        assert ShareWeights(bits=2).spared() == {"bits": 16}
+        for subject in (ShareWeights(bits=2), ShareWeights(bits_per_weight=2), ShareWeights(sqnr=30)):
+            assert subject.spared() == {"bits": 16}
+
+    def test_sites_are_independent_unless_they_share_a_budget(self) -> None:
+        assert ShareWeights(bits=2).sites_are_independent
+        assert not ShareWeights(bits_per_weight=2).sites_are_independent
+        assert not ShareWeights(sqnr=30).sites_are_independent
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, Array]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+SIZES = (40, 64, 48, 24)
+BUDGETS = (ShareWeights(bits_per_weight=3.0), ShareWeights(sqnr=20.0))
+CALIBRATED = (ShareWeights(bits=3), ShareWeights(bits=4, method="uniform"), *BUDGETS)
+
+
+def named(subject: ShareWeights) -> str:
+    if subject.has_budget:
+        return f"{subject.bits_per_weight} bits" if subject.sqnr is None else f"{subject.sqnr} dB"
+    return f"{subject.bits}, {subject.method}"
+
+
+@cache
+def network(seed: int = 0) -> onnx.ModelProto:
+    """Returns three Gemms with Relu between them."""
+    nodes, values, last = [], [], "x"
+    for index in range(3):
+        rows, columns = SIZES[index : index + 2]
+        weight = normal(rows, columns, seed=seed + index) / np.float32(np.sqrt(rows))
+        values += [oracle.value(f"w{index}", weight), oracle.value(f"b{index}", normal(columns, seed=seed + index))]
+        nodes.append(helper.make_node("Gemm", [last, f"w{index}", f"b{index}"], [f"h{index}"]))
+        nodes.append(helper.make_node("Relu", [f"h{index}"], [f"a{index}"]))
+        last = f"a{index}"
+    nodes[-2].output[0] = "y"
+    return oracle.make_model(
+        nodes[:-1], [oracle.tensor("x", ["n", SIZES[0]])], [oracle.tensor("y", ["n", SIZES[-1]])], values
+    )
+
+
+def samples(count: int, rows: int = 40, seed: int = 100) -> list[Feeds]:
+    """Returns inputs of one distribution, whatever the seed: correlated, as activations are."""
+    mixing = normal(12, SIZES[0])
+    return [
+        {"x": normal(rows, 12, seed=seed + at) @ mixing + np.float32(0.3) * normal(rows, SIZES[0], seed=seed + at)}
+        for at in range(count)
+    ]
+
+
+def outputs(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> Array:
+    running = oracle.session(model)
+    return np.concatenate([oracle.run(running, one)[0] for one in feeds]).astype(np.float64)
+
+
+def sqnr(result: onnx.ModelProto, model: onnx.ModelProto, feeds: Sequence[Feeds]) -> float:
+    expected, got = outputs(model, feeds), outputs(result, feeds)
+    return float(-10 * np.log10(np.sum((got - expected) ** 2) / np.sum(expected**2)))
+
+
+@cache
+def unrepaired(subject: ShareWeights, seed: int) -> float:
+    """Returns the SQNR on inputs that no test calibrates with."""
+    model = network(seed)
+    return sqnr(run(dataclasses.replace(subject, repair=False), model)[0], model, samples(8, seed=900))
+
+
+class TestRepair:
+    @pytest.mark.parametrize("seed", [0, 10, 20])
+    @pytest.mark.parametrize(
+        "subject",
+        [ShareWeights(bits=3), ShareWeights(bits=2, method="kmeans"), ShareWeights(bits=4, method="uniform")],
+        ids=named,
+    )
+    def test_with_hundreds_of_inputs_others_come_out_better(self, subject: ShareWeights, seed: int) -> None:
+        model, others = network(seed), samples(8, seed=900)
+        repaired, report = run(subject, model, feeds=samples(10))
+        assert sqnr(repaired, model, others) > unrepaired(subject, seed) + 3
+        assert all(change.detail.endswith(", error feedback") for change in report.changes if change.site[0] == "w")
+
+    @pytest.mark.parametrize("rows", [1, 4, 24])
+    @pytest.mark.parametrize("subject", [ShareWeights(bits=3), ShareWeights(bits=4, method="uniform")], ids=named)
+    def test_with_very_few_inputs_others_come_out_about_as_well(self, subject: ShareWeights, rows: int) -> None:
+        others = samples(8, seed=900)
+        for seed in (0, 10, 20):
+            model = network(seed)
+            repaired, _ = run(subject, model, feeds=samples(1, rows, seed=100 + seed))
+            assert sqnr(repaired, model, others) > unrepaired(subject, seed) - 0.5
+
+    def test_not_asked_for_changes_nothing(self) -> None:
+        subject = ShareWeights(bits=3, repair=False)
+        assert run(subject, network(), feeds=samples(4))[0] == run(ShareWeights(bits=3), network())[0]
+
+    @pytest.mark.parametrize("subject", CALIBRATED, ids=named)
+    def test_zeros_of_a_pruned_model_stay(self, subject: ShareWeights) -> None:
+        model = onnx.ModelProto()
+        model.CopyFrom(network())
+        dense_values = initializers(model)
+        for tensor in model.graph.initializer:
+            if tensor.name.startswith("w"):
+                values = dense_values[tensor.name].copy()
+                values[np.abs(values) < np.quantile(np.abs(values), 0.6)] = 0
+                tensor.CopyFrom(oracle.value(tensor.name, values))
+        for feeds in ((), samples(6)):
+            result, _ = run(subject, model, feeds=feeds)
+            for name in ("w0", "w1", "w2"):
+                zeros = initializers(model)[name] == 0
+                got = decoded(result, name)
+                assert not got[zeros].any()
+                assert np.count_nonzero(got) > 0.5 * np.count_nonzero(~zeros)
+
+    @pytest.mark.parametrize("subject", CALIBRATED, ids=named)
+    def test_threads_and_repetition_change_nothing(self, subject: ShareWeights) -> None:
+        expected = run(subject, network(), feeds=samples(6))
+        assert run(subject, network(), feeds=samples(6)) == expected
+        with ThreadPoolExecutor(3) as executor:
+            assert run(subject, network(), feeds=samples(6), executor=executor) == expected
+
+
+class TestBias:
+    def test_makes_up_for_means(self) -> None:
+        model, feeds = network(), samples(6)
+        result, report = run(ShareWeights(bits=2, method="kmeans"), model, feeds=feeds)
+        expected, got = outputs(model, feeds).mean(axis=0), outputs(result, feeds).mean(axis=0)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+        assert not np.array_equal(initializers(result)["b0"], initializers(model)["b0"])
+        assert [skip.site for skip in report.skips] == []  # a bias that moves is part of its layer
+
+    @pytest.mark.parametrize("values", [np.zeros(600), np.resize([0.5, -0.5, 0.25], 600)], ids=["zeros", "few values"])
+    def test_of_few_values_is_not_stored_as_it_was(self, values: Array) -> None:
+        """Its own values would come out exactly; but those are not the ones that are wanted now."""
+        node = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
+        arrays = [oracle.value("w", normal(40, 600)), oracle.value("b", values.astype(np.float32))]
+        model = oracle.make_model([node], [oracle.tensor("x", ["n", 40])], [oracle.tensor("y", ["n", 600])], arrays)
+        feeds = samples(6)
+        result, report = run(ShareWeights(bits=2, method="uniform"), model, feeds=feeds)
+        expected, got = outputs(model, feeds).mean(axis=0), outputs(result, feeds).mean(axis=0)
+        np.testing.assert_allclose(got, expected, atol=4e-3 * np.abs(expected).max())
+        assert [change.site for change in report.changes] == ["w"]
+
+    def test_of_a_layer_that_stays_dense_stays_too(self) -> None:
+        node = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
+        arrays = [oracle.value("w", normal(40, 2)), oracle.value("b", normal(2))]
+        model = oracle.make_model([node], [oracle.tensor("x", ["n", 40])], [oracle.tensor("y", ["n", 2])], arrays)
+        result, report = run(ShareWeights(bits=8, per="channel", method="kmeans"), model, feeds=samples(3))
+        assert result.SerializeToString() == to_model(load(model)).SerializeToString()
+        assert [skip.site for skip in report.skips] == ["w", "b"]
+
+
+class TestBudget:
+    @pytest.mark.parametrize("feeds", [(), samples(6)], ids=["alone", "calibrated"])
+    def test_of_bits_is_kept(self, feeds: Sequence[Feeds]) -> None:
+        result, report = run(ShareWeights(bits_per_weight=3.0), network(), feeds=feeds)
+        assert [change.site for change in report.changes] == ["w0", "w1", "w2"]
+        total, size = 0.0, 0
+        for name in ("w0", "w1", "w2"):
+            steps = decoded(result, name) / initializers(result)[f"{name}.scale"].astype(np.float32)
+            _, counts = np.unique(np.rint(steps), return_counts=True)
+            np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)  # one grid a channel
+            total, size = total - float(np.sum(counts * np.log2(counts / steps.size))), size + steps.size
+        assert total / size == pytest.approx(3.0, abs=0.06)
+        assert report.notes[0] == f"{size} weights on uniform grids, codes of {total / size:.2f} bits entropy a weight"
+
+    def test_of_decibels_is_kept_for_other_inputs(self) -> None:
+        result, report = run(ShareWeights(sqnr=22.0), network(), feeds=samples(12))
+        assert 21.5 < sqnr(result, network(), samples(8, seed=900)) < 23.5
+        assert report.notes[1].endswith(" aiming at 22")
+
+    @pytest.mark.parametrize("subject", BUDGETS, ids=named)
+    def test_is_for_the_layers_that_no_rule_takes_out(self, subject: ShareWeights) -> None:
+        model, feeds = network(), samples(6)
+        result, report = run(subject, model, Rule("w1", skip=True), Rule("y", {"bits": 16}), feeds=feeds)
+        assert ("w1", "left alone by a rule") in [(skip.site, skip.reason) for skip in report.skips]
+        assert [change.detail for change in report.changes if change.site == "w2"] == ["float16"]
+        for name in ("w1", "b1", "b2"):
+            np.testing.assert_array_equal(initializers(result)[name], initializers(model)[name])
+        halves = initializers(model)["w2"].astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(decoded(result, "w2"), halves)
+        assert report.notes[0].startswith(f"{SIZES[0] * SIZES[1]} weights on uniform grids")
+
+    @pytest.mark.parametrize("subject", BUDGETS, ids=named)
+    def test_leaves_exact_weights_and_tables_to_their_own(self, subject: ShareWeights) -> None:
+        """Few values are stored exactly; a table has no inputs, but it has steps."""
+        nodes = [helper.make_node("Gather", ["table", "ids"], ["h"]), helper.make_node("MatMul", ["h", "few"], ["k"])]
+        nodes.append(helper.make_node("MatMul", ["k", "w"], ["y"]))
+        few = np.resize(normal(5), (32, 48))
+        values = {"table": normal(200, 32), "few": few, "w": normal(48, 64)}
+        model = oracle.make_model(
+            nodes,
+            [oracle.tensor("ids", ["n"], TensorProto.INT64)],
+            [oracle.tensor("y", ["n", 64])],
+            [oracle.value(*item) for item in values.items()],
+        )
+        feeds = [{"ids": np.random.default_rng(at).integers(0, 200, 50)} for at in range(6)]
+        result, report = run(subject, model, feeds=feeds)
+        assert sorted(change.site for change in report.changes) == ["few", "table", "w"]
+        np.testing.assert_array_equal(decoded(result, "few"), few)
+        assert report.notes[0].startswith(f"{200 * 32 + 48 * 64} weights")
+        details = {change.site: change.detail for change in report.changes}
+        assert ("error feedback" in details["w"], "error feedback" in details["table"]) == (True, False)
+
+    def test_that_leaves_nothing_to_code_says_nothing(self) -> None:
+        weight = np.resize(normal(5), (32, 48))
+        for subject in BUDGETS:
+            _, report = run(subject, dense(weight))
+            assert [change.detail for change in report.changes] == ["exact: 5 distinct values"]
+            assert list(report.notes) == []
+
+
+@pytest.mark.parametrize("subject", [*BUDGETS, ShareWeights(bits=3, repair=False), ShareWeights(sqnr=-20.0)], ids=named)
+def test_keeps_the_contract(subject: ShareWeights) -> None:
+    models = [
+        model for index, model in enumerate(awkward_models()) if index % 4 == 0 or not model[0].startswith("opset")
+    ]
+    check_pass(subject, models)
+
+
+@pytest.mark.parametrize("subject", [ShareWeights(bits=3), *BUDGETS], ids=named)
+def test_keeps_the_contract_with_calibration_data(subject: ShareWeights) -> None:
+    """What `check_pass` holds a pass to, with data: sites, bytes, validity, and nothing left to do a second time."""
+    model, feeds = network(), samples(6)
+    result, report = run(subject, model, feeds=feeds)
+    sites = [item.site for item in (*report.changes, *report.skips)]
+    assert len(sites) == len(set(sites))
+    before, after = initializers(model), initializers(result)
+    for skip in report.skips:
+        np.testing.assert_array_equal(after[skip.site], before[skip.site])
+    measured = result.ByteSize() - to_model(load(model)).ByteSize()
+    claimed = sum(change.bytes_after - change.bytes_before for change in report.changes if isinstance(change, Change))
+    assert abs(claimed - measured) <= 8 * (1 + len(report.changes))
+    again, second = run(subject, result, feeds=feeds)
+    assert not second.changes
+    assert again.SerializeToString() == result.SerializeToString()
