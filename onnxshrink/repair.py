@@ -94,16 +94,20 @@ def _drop(_: Array) -> None:
 def _stages(graph: Graph, weights: Sequence[Weight]) -> Iterator[list[Weight]]:
     """Yields the weights in portions, each after all that its inputs depend on.
 
-    No layer of a portion depends on another one: what a layer makes up for, those behind it must not make up for again. Weights that
-    several nodes share may depend on each other in turn; the first of such a circle then comes before the rest.
+    No layer of a portion depends on another one: what a layer makes up for, those behind it must not make up for again. Weights of
+    one node, W and R of an LSTM, come together. Weights that several nodes share may depend on each other in turn; the one that
+    is read first then comes before the rest of the circle.
     """
     needs = _dependences(graph, weights)
-    left = list(range(len(weights)))
+    place = {id(node): index for index, node in enumerate(graph.nodes)}
+    left = sorted(
+        range(len(weights)), key=lambda index: min(place.get(id(use.node), len(place)) for use in weights[index].uses)
+    )
     while left:
         waiting = sum(1 << index for index in left)
         stage = [index for index in left if not needs[index] & waiting] or [left[0]]
         yield [weights[index] for index in stage]
-        left = [index for index in left if index not in set(stage)]
+        left = [index for index in left if index not in stage]
 
 
 def _dependences(graph: Graph, weights: Sequence[Weight]) -> list[int]:
