@@ -9,7 +9,7 @@ normalises them. On models of both kinds either end lost about a decibel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from onnxshrink.numerics.levels import MOST_STEPS, by_channel, relative_scales, 
 from onnxshrink.numerics.rates import Layer, sampled
 from onnxshrink.sensitivity import OutputProbe
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "averaged", "plan"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _PROBED_STEP = 0.5  # of the rms: about 3 bits, where the outputs move enough to tell and little enough to be proportional
@@ -57,6 +57,16 @@ def plan(graph: Graph, weights: Sequence[Weight], context: Context, probe: Outpu
         plans[id(weight)] = _plan(weight, grams, probe)
         context.progress(len(plans), 2 * len(weights))
     return [plans[id(weight)] for weight in weights]
+
+
+def averaged(trials: Sequence[Sequence[Plan]]) -> list[Plan]:
+    """Returns plans of the same weights with the mean of the costs that were measured; unknown where none was."""
+    return [_averaged(plans) for plans in zip(*trials, strict=True)]
+
+
+def _averaged(plans: Sequence[Plan]) -> Plan:
+    costs = [item.layer.cost for item in plans if item.layer.cost is not None]
+    return replace(plans[0], layer=replace(plans[0].layer, cost=float(np.mean(costs)) if costs else None))
 
 
 def _with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Iterator[tuple[Weight, Array | None]]:

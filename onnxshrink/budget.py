@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink.allocation import Plan, plan
+from onnxshrink.allocation import Plan, averaged, plan
 from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
@@ -30,14 +30,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _Coded = tuple[dict[str, Coding], Repaired, list[str]]
 _MOST_TRIALS = 3
 _CLOSE_DB = 0.5  # from the target, on the better side
-_FITTED, _FEWEST_TO_PART = 2 / 3, 6
+_FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
 _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the error
 
 
 def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
-    fitting, probe = _parted(graph, context)
-    plans = plan(graph, weights, fitting, probe)
+    plans = averaged([plan(graph, weights, *fold) for fold in _folds(graph, context)])
     codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
     return codings, repaired, [_summary(codings)]
 
@@ -48,9 +47,10 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     A weight that would need far more levels than a byte can tell has no coding. Without calibration data there is nothing to
     measure: every weight then gets an equal share of the error, as if the relative error of its values were that of the outputs.
     """
-    fitting, probe = _parted(graph, context)
+    folds = _folds(graph, context)
+    fitting, probe = folds[0]
     target = aim = 10 ** (-decibels / 10)
-    plans = _codable(plan(graph, weights, fitting, probe), target)
+    plans = _codable(averaged([plan(graph, weights, *fold) for fold in folds]), target)
     layers = [item.layer for item in plans]
     reached = ""
     aside = " that took no part in it" if fitting.activations is not context.activations else ""
@@ -72,14 +72,20 @@ def _codable(plans: Sequence[Plan], squared_error: float) -> list[Plan]:
     return [item for item, step in zip(plans, wanted, strict=True) if step * _TOO_COARSE >= item.layer.finest]
 
 
-def _parted(graph: Graph, context: Context) -> tuple[Context, OutputProbe | None]:
-    """Returns the context with two thirds of the calibration data, and a probe on the rest: what was fitted must not judge."""
+def _folds(graph: Graph, context: Context) -> list[tuple[Context, OutputProbe | None]]:
+    """Returns contexts with two thirds of the calibration data, each with a probe on the rest: what was fitted must not judge.
+
+    A few inputs tell little of what a weight is worth, so with few every third is held back once; one of many is enough.
+    """
     data = context.activations
     if data is None:
-        return context, None
-    fitting, judging = (data.part(0, _FITTED), data.part(_FITTED, 1)) if data.count >= _FEWEST_TO_PART else (data, data)
-    probe = OutputProbe(graph, judging)
-    return replace(context, activations=fitting), probe if probe.is_possible else None
+        return [(context, None)]
+    if data.count < _FEWEST_TO_PART:
+        parts = [(data, data)]
+    else:
+        parts = [data.fold(index, _FOLDS) for index in range(_FOLDS if data.count <= _MOST_TO_ROTATE else 1)]
+    probes = [(replace(context, activations=fitting), OutputProbe(graph, judging)) for fitting, judging in parts]
+    return [(fitting, probe if probe.is_possible else None) for fitting, probe in probes]
 
 
 def _code(

@@ -70,10 +70,10 @@ class Calibration:
         """How many samples there are."""
         return len(self._data)
 
-    def part(self, start: float, stop: float) -> Calibration:
-        """Returns those of a share of the samples, in order: from ``start`` to ``stop`` of them, 0 to 1."""
-        count = len(self._data)
-        return Calibration(self._data[round(start * count) : round(stop * count)], self._threads, self._memory)
+    def fold(self, index: int, count: int) -> tuple[Calibration, Calibration]:
+        """Returns (the rest, every ``count``-th sample from ``index`` on): what was fitted to the one is judged by the other."""
+        rest, fold = self._data.fold(index, count)
+        return Calibration(rest, self._threads, self._memory), Calibration(fold, self._threads, self._memory)
 
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name.

@@ -80,8 +80,8 @@ class Activations(Protocol):
     def count(self) -> int:
         """How many samples there are."""
 
-    def part(self, start: float, stop: float) -> Activations:
-        """Returns those of a share of the samples, in order: from ``start`` to ``stop`` of them, 0 to 1."""
+    def fold(self, index: int, count: int) -> tuple[Activations, Activations]:
+        """Returns (the rest, every ``count``-th sample from ``index`` on): what was fitted to the one is judged by the other."""
 
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, np.ndarray[Any, np.dtype[Any]]]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name."""

@@ -121,6 +121,15 @@ class Samples(Sequence[Feeds]):
         return calibration, holdout
 
 
+    def fold(self, index: int, count: int) -> tuple[Samples, Samples]:
+        """Returns (the rest, every ``count``-th sample from ``index`` on), as cross-validation parts them."""
+        rest = [place for position, place in enumerate(self._indices) if position % count != index]
+        return (
+            Samples(self._load, rest, self.source, self._load_labels),
+            Samples(self._load, self._indices[index::count], self.source, self._load_labels),
+        )
+
+
 def read_inputs(source: InputSource, specs: Sequence[InputSpec]) -> Samples:
     """Returns the samples of a source, every one of them checked against the model's inputs.
 

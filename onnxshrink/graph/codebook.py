@@ -6,6 +6,8 @@
     codes ── Cast ── Sub(zero point) ── Mul(scale) ── W               a uniform grid per output channel
     float16 ── Cast ── W                                              no codes, half the bytes
 
+Tables of embeddings stay coded while a model runs; `onnxshrink.graph.coded_table` makes those of the same steps.
+
 Codes of 1, 2 or 4 bits are packed 8, 4 or 2 to a byte and unpacked with integer Div and Mod; 3, 5, 6 and 7 bits are the sum of
 such planes, so b bits cost b bits at every opset from 7 on. ONNX Runtime folds a node only when its output shape is static and its
 inputs are constant (constant_folding.cc), and not when the output is over 1 GiB, so a tensor whose 4-byte indices would be larger
@@ -25,7 +27,18 @@ from onnx import helper
 from onnxshrink.graph.edit import Fragment, NameSource
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 
-__all__ = ["FIRST_OPSET", "MAX_FOLDED_BYTES", "Codebook", "UniformGrid", "coded_weight", "first_opset", "half_weight"]
+__all__ = [
+    "FIRST_OPSET",
+    "MAX_FOLDED_BYTES",
+    "Codebook",
+    "DecoderBuilder",
+    "Operands",
+    "UniformGrid",
+    "broadcast_shape",
+    "coded_weight",
+    "first_opset",
+    "half_weight",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
@@ -87,46 +100,47 @@ def coded_weight(
         scope: the graph it will be a part of, for the opset.
         names: gives tensor names.
     """
-    builder = _Builder(constant.name, scope, names)
+    builder = DecoderBuilder(constant.name, scope, names)
     digits = builder.codes(codes, bits)
-    shape = _broadcast_shape(constant.shape, values.axis)
-    if isinstance(values, UniformGrid):
-        centred = builder.node("Sub", [builder.cast(digits, np.float32), builder.zero_point(values.zero_point, shape)])
-        result = builder.scaled(centred, values.scale.reshape(shape), constant.dtype)
-    else:
-        indices = builder.cast(digits, np.int32)
-        if values.values.ndim == 2:
-            channels, length = values.values.shape
-            offsets = builder.constant("offsets", (np.arange(channels) * length).astype(np.int32).reshape(shape))
-            indices = builder.node("Add", [indices, offsets])
-        if values.scale is None:
-            codebook = builder.constant("codebook", values.values.astype(constant.dtype).reshape(-1))
-            result = builder.node("Gather", [codebook, indices])
-        else:
-            halves = builder.constant("codebook", values.values.astype(np.float16))
-            result = builder.node("Gather", [builder.cast(halves, np.float32), indices])
-            result = builder.scaled(result, values.scale.reshape(shape), constant.dtype)
-    builder.fragment.output = result
+    operands = builder.operands(values, broadcast_shape(constant.shape, values.axis), constant.dtype)
+    builder.fragment.output = builder.decoded(digits, operands, constant.dtype)
     return builder.fragment
 
 
 def half_weight(constant: Constant, scope: Graph, names: NameSource) -> Fragment:
     """Returns nodes and constants that compute a constant of float32 or float64 from its float16 rounding."""
-    builder = _Builder(constant.name, scope, names)
+    builder = DecoderBuilder(constant.name, scope, names)
     result = builder.cast(builder.constant("half", constant.values.astype(np.float16)), constant.dtype)
     assert isinstance(result, Variable)
     builder.fragment.output = result
     return builder.fragment
 
 
-def _broadcast_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+def broadcast_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     """Returns the shape in which one number per channel meets the tensor; a single number is a scalar."""
     if axis is None:
         return ()
     return tuple(dim if index == axis else 1 for index, dim in enumerate(shape))
 
 
-class _Builder:
+@dataclass(frozen=True)
+class Operands:
+    """What decodes codes, as tensors; see `DecoderBuilder.operands`.
+
+    Attributes:
+        scale: float32, or None.
+        zero_point: float32 of a grid, or None.
+        codebook: [k] or several after each other, or None for a grid.
+        offsets: int32, where in ``codebook`` each channel's values begin, or None.
+    """
+
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class DecoderBuilder:
     """Makes the nodes of one fragment, in order."""
 
     def __init__(self, stem: str, scope: Graph, names: NameSource) -> None:
@@ -151,6 +165,41 @@ class _Builder:
             total = self.head(total, codes.size)
         return self.node("Reshape", [total, self.constant("shape", np.array(codes.shape, np.int64))])
 
+    def operands(self, values: Codebook | UniformGrid, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Operands:
+        """Returns constants, or Casts of constants, that meet the tensor of codes in a shape.
+
+        Args:
+            values: what codes stand for.
+            shape: of one number per channel.
+            dtype: of the weight.
+        """
+        if isinstance(values, UniformGrid):
+            zero_point = self.zero_point(values.zero_point, shape)
+            return Operands(self.factor(values.scale.reshape(shape)), zero_point)
+        offsets = None
+        if values.values.ndim == 2:
+            channels, length = values.values.shape
+            offsets = self.constant("offsets", (np.arange(channels) * length).astype(np.int32).reshape(shape))
+        if values.scale is None:
+            return Operands(codebook=self.constant("codebook", values.values.astype(dtype).reshape(-1)), offsets=offsets)
+        halves = self.cast(self.constant("codebook", values.values.astype(np.float16).reshape(-1)), np.float32)
+        return Operands(self.factor(values.scale.reshape(shape)), codebook=halves, offsets=offsets)
+
+    def decoded(self, digits: Tensor, operands: Operands, dtype: np.dtype[Any]) -> Variable:
+        """Returns the weight, or rows of it, of a dtype: in float32 first if scaled, as ONNX Runtime's CPU has no float16 Mul."""
+        if operands.codebook is None:
+            assert operands.zero_point is not None
+            result: Tensor = self.node("Sub", [self.cast(digits, np.float32), operands.zero_point])
+        else:
+            indices = self.cast(digits, np.int32)
+            if operands.offsets is not None:
+                indices = self.node("Add", [indices, operands.offsets])
+            result = self.node("Gather", [operands.codebook, indices])
+        if operands.scale is not None:
+            result = self.cast(self.node("Mul", [result, operands.scale]), dtype)
+        assert isinstance(result, Variable)
+        return result
+
     def plane(self, digits: Uint8s, width: int) -> Tensor:
         """Packs digits of ``width`` bits, first digit lowest, and returns the int32 vector of them unpacked."""
         shifts = (np.arange(8 // width) * width).astype(np.uint8)
@@ -161,6 +210,7 @@ class _Builder:
         return self.node("Reshape", [digits_by_byte, self.constant("flat", np.array([-1], np.int64))])
 
     def modulo(self, tensor: Tensor, base: int) -> Tensor:
+        """Returns an int32 tensor, none below 0, modulo a base."""
         divisor = self.constant("base", np.array(base, np.int32))
         if self.opset >= 10:
             return self.node("Mod", [tensor, divisor])
@@ -180,29 +230,30 @@ class _Builder:
             return self.constant("zero_point", zero_point.astype(np.float32).reshape(()))
         return self.cast(self.constant("zero_point", zero_point.astype(np.uint8).reshape(shape)), np.float32)
 
-    def scaled(self, tensor: Tensor, scale: Array, dtype: np.dtype[Any]) -> Variable:
-        """Returns tensor · scale as ``dtype``; in float32, for ONNX Runtime's CPU has no float16 Mul to fold with."""
+    def factor(self, scale: Array) -> Tensor:
+        """Returns scales as float32: halves and a Cast for many that float16 holds exactly."""
         wide = scale.astype(np.float32)
         with np.errstate(over="ignore"):
             half = wide.astype(np.float16)
-        pays = wide.size >= _LEAST_HALVES and np.array_equal(half.astype(np.float32), wide)
-        factor = self.cast(self.constant("scale", half), np.float32) if pays else self.constant("scale", wide)
-        result = self.cast(self.node("Mul", [tensor, factor]), dtype)
-        assert isinstance(result, Variable)
-        return result
+        if wide.size >= _LEAST_HALVES and np.array_equal(half.astype(np.float32), wide):
+            return self.cast(self.constant("scale", half), np.float32)
+        return self.constant("scale", wide)
 
     def cast(self, tensor: Tensor, dtype: Any) -> Tensor:
+        """Returns a tensor as another type; itself if it is of that."""
         if tensor.dtype == np.dtype(dtype):
             return tensor
         return self.node("Cast", [tensor], {"to": helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}, np.dtype(dtype))
 
     def constant(self, role: str, values: Array) -> Constant:
+        """Adds a constant, named after what it is for."""
         named = role in _NAMED_AFTER_WEIGHT
         constant = Constant(self.names.fresh(f"{self.stem}.{role}" if named else role), values)
         self.fragment.constants.append(constant)
         return constant
 
     def node(self, op: str, inputs: list[Tensor], attrs: dict[str, Any] | None = None, dtype: Any = None) -> Variable:
+        """Adds a node and returns its output, of the type of its first input unless another is given."""
         output = Variable(self.names.fresh(op.lower()), dtype or inputs[0].dtype)
         self.fragment.nodes.append(Node(op, inputs, [output], attrs))
         return output

@@ -2,12 +2,13 @@
 
 A coded weight is what `onnxshrink.graph.codebook` writes, recognised by its structure and not by its names: a floating-point
 tensor that a few standard ops compute from nothing but constants, unsigned integers of at most 8 bits among them, or from what
-the Huffman decoder of the file puts out (`onnxshrink.graph.huffman`).
+the Huffman decoder of the file puts out (`onnxshrink.graph.huffman`). Tables that stay coded at run time are found by
+`onnxshrink.graph.coded_table`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from onnxshrink.graph.coded_table import CodedTable, coded_tables, expand_table
 from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
 from onnxshrink.graph.exporter import inline_tensor, node_message
 from onnxshrink.graph.huffman import Piece, inline_weight_call, is_weight_call, pieces, remove_decoder
@@ -37,18 +39,20 @@ class Coded:
     Attributes:
         site: model-wide name of the tensor that is computed.
         scope: where it is computed.
-        output: that tensor.
-        nodes: what computes it, in order.
+        output: that tensor; of a table that stays coded at run time, the tensor of its codes.
+        nodes: what computes it, in order; of such a table, what computes the rows that are looked up.
         constants: what those nodes read.
         pieces: what they read of a Huffman decoder.
+        table: of a table that stays coded at run time, where it is looked up; else None.
     """
 
     site: str
     scope: Scope
-    output: Variable
+    output: Tensor
     nodes: tuple[Node, ...]
     constants: tuple[Constant, ...]
     pieces: tuple[Piece, ...] = ()
+    table: CodedTable | None = None
 
     @property
     def codes(self) -> tuple[Constant, ...]:
@@ -72,10 +76,10 @@ class Coded:
         Raises:
             ModelReadError: Huffman coded data is damaged.
         """
-        return self.evaluate(self.output)
+        return self.evaluate(self.output if self.table is None else self.table.rows)
 
     def evaluate(self, tensor: Tensor) -> Array:
-        """Returns the values of the weight or of a tensor on the way to it.
+        """Returns the values of the weight or of a tensor on the way to it; for rows of a table, those of all rows.
 
         Raises:
             ModelReadError: Huffman coded data is damaged.
@@ -83,22 +87,28 @@ class Coded:
         if isinstance(tensor, Constant):
             return tensor.values
         graph = onnx.GraphProto(name="decoder", output=[onnx.ValueInfoProto(name=tensor.name)])
-        for node in self.nodes:
+        picks = self.table.picks if self.table is not None else set()
+        nodes = _cone(tensor.inputs, {id(node): node for node in self.nodes})
+        for node in nodes:
             if is_weight_call(node):
                 inline_weight_call(node, graph)
+            elif id(node) in picks:
+                graph.node.append(helper.make_node("Identity", [node.inputs[0].name], [node.outputs[0].name]))
             else:
                 graph.node.append(node_message(node))
-        for constant in self.constants:
+        read = {id(operand) for node in nodes for operand in node.inputs}
+        for constant in (constant for constant in self.constants if id(constant) in read):
             graph.initializer.append(inline_tensor(constant))
             graph.initializer[-1].name = constant.name
-        graph.initializer.extend(numpy_helper.from_array(piece.values(), piece.tensor.name) for piece in self.pieces)
+        decoded = (piece for piece in self.pieces if id(piece.tensor) in read)
+        graph.initializer.extend(numpy_helper.from_array(piece.values(), piece.tensor.name) for piece in decoded)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.scope.graph.opset)])
         results: Any = ReferenceEvaluator(model).run(None, {})
         return np.asarray(results[0])
 
 
 def coded_weights(graph: Graph) -> list[Coded]:
-    """Returns the coded weights of every scope, in graph order."""
+    """Returns the coded weights of every scope, tables that stay coded at run time first, else in graph order."""
     outputs, decoded = output_ids(graph), pieces(graph)
     return [coded for scope in graph.scopes() for coded in _in_scope(scope, outputs, decoded)]
 
@@ -109,7 +119,10 @@ def expand_coded(graph: Graph) -> list[Coded]:
     parts = {id(node) for item in coded for node in item.nodes}  # a codebook may itself be kept in float16
     found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts)]
     for item in found:
-        replace_node(item.scope.graph, graph, item.nodes[-1], [Constant(item.output.name, item.values())])
+        if item.table is not None:
+            expand_table(item.scope.graph, graph, item.table, item.values())
+        else:
+            replace_node(item.scope.graph, graph, item.nodes[-1], [Constant(item.output.name, item.values())])
     remove_decoder(graph)
     return found
 
@@ -136,18 +149,29 @@ def _in_scope(scope: Scope, outputs: set[int], decoded: dict[int, Piece]) -> Ite
         if dtype is not None:
             decoding[id(node)] = node
             known[id(node.outputs[0])] = dtype
+    tables = coded_tables(scope.graph, known, outputs)
+    of_tables: set[int] = set()
+    for table in tables:
+        own = {id(node): node for lookup in table.lookups for node in lookup.nodes}
+        before = _cone([producer for node in own.values() for tensor in node.inputs for producer in tensor.inputs], decoding)
+        of_tables.update(id(node) for node in before)
+        yield _coded(scope, table.codes, [*before, *own.values()], decoded, table)
     for node in decoding.values():
         output = node.outputs[0]
         ends = len(output.outputs) != 1 or id(output) in outputs or id(output.outputs[0]) not in decoding
-        if not ends or not is_float(known[id(output)]) or not isinstance(output, Variable):
-            continue
-        nodes = _cone(node, decoding)
-        reads = {id(tensor): tensor for inner_node in nodes for tensor in inner_node.inputs}
-        constants = tuple(tensor for tensor in reads.values() if isinstance(tensor, Constant))
-        own = tuple(decoded[key] for key in reads if key in decoded)
-        coded = Coded(scope.address(output.name), scope, output, tuple(nodes), constants, own)
-        if coded.codes or coded.pieces:
-            yield coded
+        if ends and is_float(known[id(output)]) and isinstance(output, Variable) and id(node) not in of_tables:
+            coded = _coded(scope, output, _cone([node], decoding), decoded)
+            if coded.codes or coded.pieces:
+                yield coded
+
+
+def _coded(
+    scope: Scope, output: Tensor, nodes: Sequence[Node], decoded: dict[int, Piece], table: CodedTable | None = None
+) -> Coded:
+    reads = {id(tensor): tensor for node in nodes for tensor in node.inputs}
+    constants = tuple(tensor for tensor in reads.values() if isinstance(tensor, Constant))
+    own = tuple(decoded[key] for key in reads if key in decoded)
+    return Coded(scope.address(output.name), scope, output, tuple(nodes), constants, own, table)
 
 
 def _step(
@@ -187,10 +211,10 @@ def _is_converted_constant(tensor: Variable) -> bool:
     return tensor.inputs[0].op == "Cast" and isinstance(tensor.inputs[0].inputs[0], Constant)
 
 
-def _cone(last: Node, decoding: dict[int, Node]) -> list[Node]:
-    """Returns the decoding nodes that a node depends on, itself included, in graph order."""
+def _cone(last: Iterable[Node], decoding: Mapping[int, Node]) -> list[Node]:
+    """Returns those of the decoding nodes that some nodes depend on or are, in graph order."""
     needed: set[int] = set()
-    queue = [last]
+    queue = [node for node in last if id(node) in decoding]
     while queue:
         node = queue.pop()
         if id(node) not in needed:

@@ -6,6 +6,11 @@
 `Weight` is a model-local function, Reshape, Cast and Mul in one node of few bytes. What is coded are the codes less a *centre*
 that makes them fit an int8, so that runs of the centre are runs of zeros: the zero point of a grid, which then needs no Sub,
 or a code that is most of all, or 128 for codes beyond 127.
+
+    codes ── Gather(ids) ── ... ── rows                    becomes    vector ── Reshape ── codes less centre ── Gather(ids) ── ... ── rows
+
+A table that stays coded at run time keeps its nodes. Its zero points get less by the centre, or its codebook is rotated by it: as
+an index, a code below 0 counts from the end (Gather-11).
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper
 
 from onnxshrink.graph.coded import Coded
+from onnxshrink.graph.coded_table import CodedTable
 from onnxshrink.graph.edit import (
     Fragment,
     NameSource,
@@ -53,6 +59,8 @@ class Centred:
         target: the tensor that is computed from the codes instead: the weight before it is converted, or the codes themselves.
         scale: of a grid, or None.
         shape: of the weight.
+        moved: of a table that stays coded at run time and whose centre is not 0: the constant that depends on the centre,
+            and its values for codes less centre.
     """
 
     coded: Coded
@@ -61,11 +69,13 @@ class Centred:
     target: Tensor
     scale: Constant | None
     shape: tuple[int, ...]
-
+    moved: tuple[Constant, Array] | None = None
 
 
 def centred(coded: Coded) -> Centred | None:
     """Returns the codes of a weight, or None where its nodes do not begin with one tensor of codes."""
+    if coded.table is not None:
+        return _centred_table(coded, coded.table)
     digits = _digits(coded)
     codes = coded.evaluate(digits).astype(np.int32) if digits is not None else np.zeros(0, np.int32)
     if digits is None or codes.size == 0 or codes.min() < 0 or codes.max() > 255:
@@ -77,6 +87,27 @@ def centred(coded: Coded) -> Centred | None:
             return Centred(coded, (codes - zero_point).astype(np.int8).reshape(-1), zero_point, product, scale, codes.shape)
     centre = _centre(codes)
     return Centred(coded, (codes - centre).astype(np.int8).reshape(-1), centre, digits, None, codes.shape)
+
+
+def _centred_table(coded: Coded, table: CodedTable) -> Centred | None:
+    """Returns the codes of a table, uint8; None where they do not fit an int8 and nothing can make up for a centre."""
+    codes = coded.evaluate(table.codes).astype(np.int32)
+    zero_points, codebook = table.stored_operand("Sub"), table.stored_operand("Gather")
+    centre, moved = _centre(codes) if codes.size and codebook is not None else 128 * int(codes.max(initial=0) > 127), None
+    if zero_points is not None and zero_points.size == 1:
+        number = zero_points.values.item()
+        whole = number == int(number) and codes.min() - number >= -128 and codes.max() - number <= 127
+        centre = int(number) if whole else centre
+    if centre and zero_points is not None:
+        signed = np.dtype(np.int8) if zero_points.dtype == np.uint8 else zero_points.dtype
+        moved = zero_points, (zero_points.values.astype(np.float32) - centre).astype(signed)
+    elif centre and codebook is not None:
+        moved = codebook, np.roll(codebook.values, -centre)
+    elif centre or codes.size == 0:
+        return None
+    if moved is not None and not _is_read_through(moved[0], coded):
+        return None
+    return Centred(coded, (codes - centre).astype(np.int8).reshape(-1), centre, table.codes, None, codes.shape, moved)
 
 
 def _decoded_weight(
@@ -91,8 +122,8 @@ def _decoded_weight(
         names: gives tensor names.
         shapes: constants of shapes that the scope has already; what is made goes into it.
     """
-    target = weight.target
-    fragment = Fragment(Variable(target.name if isinstance(target, Variable) else names.fresh("h")))
+    target, table = weight.target, weight.coded.table
+    fragment = Fragment(Variable(names.fresh("h") if isinstance(target, Constant) and table is None else target.name))
     if weight.scale is not None:
         attributes = {"s": _shape_attribute(weight.shape, opset)}
         scale = Variable(weight.scale.name)  # stands for it until the fragment is in the graph
@@ -102,9 +133,9 @@ def _decoded_weight(
         shapes[weight.shape] = Constant(names.fresh("hs"), np.array(weight.shape, np.int64))
         fragment.constants.append(shapes[weight.shape])
     steps: list[tuple[str, list[Tensor], dict[str, Any]]] = [("Reshape", [shapes[weight.shape]], {})]
-    if weight.centre or target.dtype != np.uint8:
+    if table is None and (weight.centre or target.dtype != np.uint8):
         steps.append(("Cast", [], {"to": TensorProto.INT32}))
-    if weight.centre:
+    if table is None and weight.centre:
         centre = Constant(names.fresh("hc"), np.array(weight.centre, np.int32))
         fragment.constants.append(centre)
         steps.append(("Add", [centre], {}))
@@ -113,7 +144,24 @@ def _decoded_weight(
         output = fragment.output if number == len(steps) - 1 else Variable(names.fresh("h"))
         fragment.nodes.append(Node(op, [tensor, *operands], [output], attributes))
         tensor = output
+    if weight.moved is not None:
+        old, values = weight.moved
+        fragment.constants.append(Constant(old.name if _is_private(old, weight.coded) else names.fresh("hc"), values))
     return fragment
+
+
+def _is_read_through(constant: Constant, coded: Coded) -> bool:
+    """Whether what the nodes of a weight make of a constant, a Cast of it, is read by none but them."""
+    own = {id(node) for node in coded.nodes}
+    casts = [node for node in constant.outputs if id(node) in own and node.op == "Cast"]
+    return all(id(reader) in own for cast in casts for reader in cast.outputs[0].outputs)
+
+
+def _is_private(constant: Constant, coded: Coded) -> bool:
+    """Whether nothing but the nodes of a weight reads a constant."""
+    own = {id(node) for node in coded.nodes}
+    outside = any(tensor is constant for tensor in coded.scope.graph.outputs)
+    return not outside and all(id(node) in own for node in constant.outputs)
 
 
 def _shape_attribute(shape: tuple[int, ...], opset: int) -> Any:
@@ -224,7 +272,7 @@ class Rewrite:
             for part in sequence.parts:
                 data[part.vector] += sequence.coded.nbytes * (part.stop - part.start) / sequence.coded.count
         nodes = [
-            fragment.nbytes(weight.coded.scope.graph) + _renaming(weight.target, fragment.output.name)
+            fragment.nbytes(weight.coded.scope.graph) + _renamings(weight, fragment)
             for weight, fragment in zip(weights, self.fragments, strict=True)
         ]
         self.own = [size + round(share) for size, share in zip(nodes, data, strict=True)]
@@ -251,25 +299,49 @@ class Rewrite:
         if weight.scale is not None:
             fragment.nodes[-1].inputs[1] = weight.scale
         output.dtype, output.shape = target.dtype, target.shape
+        if weight.coded.table is not None:
+            output.dtype, output.shape = np.dtype(np.int8), weight.shape
         if isinstance(target, Variable):
             output.info = target.info
         replace_everywhere(scope, target, output)
+        gone = [target if isinstance(target, Constant) else target.inputs[0]]
+        if weight.moved is not None:
+            gone.append(weight.moved[0])
+            _reread(weight.coded.nodes, weight.moved[0], fragment.constants[-1])
         scope.nodes[:0] = fragment.nodes
         scope.constants.extend(fragment.constants)
-        return remove_dead(self.graph, [target if isinstance(target, Constant) else target.inputs[0]])
+        return remove_dead(self.graph, gone)
 
 
-def _renaming(target: Tensor, name: str) -> int:
-    """Returns by how many bytes the readers of a tensor grow when it gets another name."""
-    reads = sum(tensor is target for node in target.outputs for tensor in node.inputs)
+def _reread(nodes: Sequence[Node], old: Tensor, new: Tensor) -> None:
+    """Makes nodes read another tensor."""
+    for node in nodes:
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[index] = new
+
+
+def _renamings(weight: Centred, fragment: Fragment) -> int:
+    """Returns by how many bytes the readers of what a fragment replaces grow."""
+    target = weight.target
+    grown = _renaming(target, fragment.output.name, target.outputs)
+    if weight.moved is None:
+        return grown
+    return grown + _renaming(weight.moved[0], fragment.constants[-1].name, weight.coded.nodes)
+
+
+def _renaming(target: Tensor, name: str, readers: Sequence[Node]) -> int:
+    """Returns by how many bytes nodes grow when a tensor that they read gets another name."""
+    reads = sum(tensor is target for node in readers for tensor in node.inputs)
     return reads * (framed_bytes(len(name.encode())) - framed_bytes(len(target.name.encode())))
 
 
 def _replaced_bytes(weight: Centred, outputs: set[int]) -> int:
     """Returns the bytes of what only the target of a weight needs, without the scale that stays."""
     scope = weight.coded.scope.graph
+    moved = constant_bytes(weight.moved[0], scope) if weight.moved and _is_private(weight.moved[0], weight.coded) else 0
     if isinstance(weight.target, Constant):
-        return constant_bytes(weight.target, scope)
+        return constant_bytes(weight.target, scope) + moved
     own = {id(node): node for node in weight.coded.nodes}
     needed: dict[int, Node] = {}
     queue = list(weight.target.inputs)
@@ -279,4 +351,4 @@ def _replaced_bytes(weight: Centred, outputs: set[int]) -> int:
             needed[id(node)] = node
             queue.extend(producer for tensor in node.inputs for producer in tensor.inputs)
     kept = constant_bytes(weight.scale, scope) if weight.scale is not None else 0
-    return footprint(list(needed.values()), scope, outputs) - kept
+    return footprint(list(needed.values()), scope, outputs) - kept + moved
