@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.errors import ShrinkError
-from onnxshrink.graph.coded import coded_weights
+from onnxshrink.graph.coded import Coded, coded_weights
 from onnxshrink.graph.edit import constant_bytes
 from onnxshrink.graph.files import materialised
+from onnxshrink.graph.huffman_weights import centred
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
+from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.numerics.distribution import distribution
 from onnxshrink.registry import pass_class, pass_names
 from onnxshrink.runtime import session
@@ -42,6 +44,10 @@ class WeightInfo:
         macs: multiply-accumulates for one synthetic sample; None if no node that uses it ran, or only ones that ONNX Runtime
             inlined from a model-local function.
         coded: whether it is stored as codes.
+        code_entropy_bits: Shannon entropy of its codes, bits a code, which no code of single codes undercuts; None if not coded.
+        code_bits: bits a code as stored now, packed or Huffman coded, without codebook, scales and decoder; of what is Huffman
+            coded together, the share that the entropy asks for. None if not coded.
+        efficiency: code_bits over code_entropy_bits; None if not coded, or if the entropy is 0.
         actions: per pass that would change it with default options, what it would do.
         obstacles: per other pass, why it would not.
     """
@@ -57,6 +63,9 @@ class WeightInfo:
     bits: float
     macs: int | None
     coded: bool
+    code_entropy_bits: float | None
+    code_bits: float | None
+    efficiency: float | None
     actions: Mapping[str, str]
     obstacles: Mapping[str, str]
 
@@ -98,8 +107,11 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
     for number, weight in enumerate(found):
         progress("reading weights", number, len(found))
         infos.append(_weight_info(weight, traces, answers))
-    for coded in coded_weights(graph):
-        infos.append(_info(coded.site, "codes", coded.values(), coded.nbytes, None, True, answers))
+    stored = coded_weights(graph)
+    for coded, codes in zip(stored, _codes(stored), strict=True):
+        beside = coded.nbytes - round(sum(piece.nbytes for piece in coded.pieces))
+        nbytes = beside + round(codes.nbytes) if coded.pieces else coded.nbytes
+        infos.append(_info(coded.site, "codes", coded.values(), nbytes, None, answers, codes))
     with materialised(graph) as (_, nbytes):
         total = nbytes
     ops = Counter(node.op for scope in graph.scopes() for node in scope.graph.nodes)
@@ -150,7 +162,43 @@ def _weight_info(weight: Weight, traces: Mapping[int, NodeTrace], answers: dict[
     ran = [count for count in macs if count is not None]
     ops = "+".join(dict.fromkeys(use.op for use in weight.uses)) or "unused"
     nbytes = constant_bytes(weight.constant, weight.scope.graph)
-    return _info(weight.site, ops, weight.constant.values, nbytes, sum(ran) if ran else None, False, answers)
+    return _info(weight.site, ops, weight.constant.values, nbytes, sum(ran) if ran else None, answers)
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """How a weight's codes are stored: their number, their entropy in bits (None if unknown), and their bytes in the file."""
+
+    count: int
+    entropy: float | None
+    nbytes: float
+
+
+def _codes(found: Sequence[Coded]) -> list[_Codes]:
+    """Returns how the codes of each weight are stored.
+
+    Weights that are Huffman coded together share a stream, and often a code; each counts as many bytes of it as its entropy asks.
+    """
+    each = [_codes_of(coded) for coded in found]
+    needs = {id(coded): codes.count * (codes.entropy or 0.0) for coded, codes in zip(found, each, strict=True) if coded.pieces}
+    stream = sum(piece.nbytes for coded in found for piece in coded.pieces)
+    total = sum(needs.values())
+    return [
+        replace(codes, nbytes=stream * needs[id(coded)] / total) if total and id(coded) in needs else codes
+        for coded, codes in zip(found, each, strict=True)
+    ]
+
+
+def _codes_of(coded: Coded) -> _Codes:
+    if coded.pieces:
+        codes = np.concatenate([piece.values() for piece in coded.pieces]).astype(np.int16)
+    else:
+        whole = centred(coded)
+        codes = whole.codes.astype(np.int16) if whole is not None else np.zeros(0, np.int16)
+    nbytes = float(sum(constant.nbytes for constant in coded.codes)) + sum(piece.nbytes for piece in coded.pieces)
+    if not codes.size:
+        return _Codes(max(coded.values().size, 1), None, nbytes)
+    return _Codes(codes.size, entropy_bits(np.bincount(codes - codes.min())) / codes.size, nbytes)
 
 
 def _info(
@@ -159,10 +207,12 @@ def _info(
     values: np.ndarray[Any, np.dtype[Any]],
     nbytes: int,
     macs: int | None,
-    coded: bool,
     answers: dict[str, dict[str, tuple[bool, str]]],
+    codes: _Codes | None = None,
 ) -> WeightInfo:
     spread = distribution(values)
+    code_bits = 8 * codes.nbytes / codes.count if codes is not None else None
+    code_entropy = codes.entropy if codes is not None else None
     mine = {name: by_site[site] for name, by_site in answers.items() if site in by_site}
     return WeightInfo(
         site=site,
@@ -175,7 +225,10 @@ def _info(
         entropy_bits=spread.entropy_bits,
         bits=8 * nbytes / spread.size,
         macs=macs,
-        coded=coded,
+        coded=codes is not None,
+        code_entropy_bits=code_entropy,
+        code_bits=code_bits,
+        efficiency=code_bits / code_entropy if code_bits is not None and code_entropy else None,
         actions={name: text for name, (acts, text) in mine.items() if acts},
         obstacles={name: text for name, (acts, text) in mine.items() if not acts},
     )

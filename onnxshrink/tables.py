@@ -178,6 +178,8 @@ def _weight_row(info: WeightInfo) -> list[str]:
     site = info.site if len(info.site) <= _LONGEST_SITE else f"…{info.site[1 - _LONGEST_SITE :]}"
     weight = f"{escape(site)}\n[dim]{info.op} {info.dtype} {'x'.join(map(str, info.shape))}[/]"
     entropy, acting = f"{info.entropy_bits:.2f} bits", "\n".join(info.actions) or "–"
+    if info.code_bits is not None and info.code_entropy_bits is not None:
+        entropy = f"{info.code_entropy_bits:.2f} bits\n[dim]{info.code_bits:.2f} coded[/]"
     return [weight, stored, f"{info.zeros:.1%}", str(info.distinct), entropy, macs, acting]
 
 

@@ -10,14 +10,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from scipy import stats
 
 from onnxshrink import inspection
 from onnxshrink.api import compress, inspect
-from onnxshrink.contract import Context, Pass, Report
+from onnxshrink.contract import Context, Pass, Report, Rule, Step
 from onnxshrink.errors import UnsupportedModelError
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph
 from onnxshrink.inspection import Inspection, WeightInfo
+from onnxshrink.passes.huffman import Huffman
 from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.sparsify import Sparsify
 from onnxshrink.registry import pass_class, pass_names
@@ -329,3 +331,44 @@ class TestTraces:
         graph = load(layer(helper.make_node("MatMul", ["x", "w"], ["y"]), [1, 4], {"w": normal(4, 3)}))
         with pytest.raises(UnsupportedModelError, match="original model: it does not run without optimisations: "):
             trace(graph, {"x": normal(1, 5)})
+
+
+class TestCodes:
+    WEIGHTS = (("wide", 0.3), ("narrow", 2.0))  # steps in rms: many levels, and few
+
+    def coded(self, *passes: Pass) -> Inspection:
+        rng = np.random.default_rng(5)
+        values = [oracle.value(name, rng.standard_normal((256, 256)).astype(np.float32)) for name, _ in self.WEIGHTS]
+        nodes = [helper.make_node("MatMul", ["x", "wide"], ["h"]), helper.make_node("MatMul", ["h", "narrow"], ["y"])]
+        model = oracle.make_model(nodes, [oracle.tensor("x", ["n", 256])], [oracle.tensor("y", ["n", 256])], values)
+        steps = [Rule(name, {"step": step}) for name, step in self.WEIGHTS]
+        return inspect(compress(model, [Step(ShareWeights(per="tensor"), steps), *passes]).to_model())
+
+    def test_entropy_is_that_of_rounded_normal_values(self) -> None:
+        by_site = {info.site: info for info in self.coded().weights}
+        for name, step in self.WEIGHTS:
+            edges = (np.arange(-40, 41) - 0.5) * step
+            shares = np.diff(stats.norm.cdf(edges))
+            expected = -np.sum(shares * np.log2(np.maximum(shares, 1e-300)))
+            assert by_site[name].code_entropy_bits == pytest.approx(expected, abs=0.03)
+
+    def test_packed_codes_take_whole_bits(self) -> None:
+        for info in self.coded().weights:
+            assert info.code_bits == pytest.approx(np.ceil(info.code_bits), abs=1e-3)
+            assert info.efficiency == pytest.approx(info.code_bits / info.code_entropy_bits)
+
+    def test_huffman_codes_come_close_to_the_entropy(self) -> None:
+        found = self.coded(Huffman()).weights
+        assert all(info.coded and info.code_bits < 8 * info.nbytes / (256 * 256) for info in found)
+        assert 1.0 <= min(info.efficiency for info in found) <= max(info.efficiency for info in found) < 1.12
+
+    def test_dense_weights_have_no_codes(self) -> None:
+        (info,) = inspect(
+            oracle.make_model(
+                [helper.make_node("MatMul", ["x", "w"], ["y"])],
+                [oracle.tensor("x", ["n", 8])],
+                [oracle.tensor("y", ["n", 8])],
+                [oracle.value("w", np.arange(64, dtype=np.float32).reshape(8, 8))],
+            )
+        ).weights
+        assert (info.coded, info.code_bits, info.code_entropy_bits, info.efficiency) == (False, None, None, None)
