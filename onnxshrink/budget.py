@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink.allocation import Plan, averaged, plan
+from onnxshrink.allocation import Plan, plan
 from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
@@ -36,7 +36,7 @@ _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the err
 
 def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
-    plans = averaged([plan(graph, weights, *fold) for fold in _folds(graph, context)])
+    plans = plan(graph, weights, _folds(graph, context))
     codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
     return codings, repaired, [_summary(codings)]
 
@@ -50,7 +50,7 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     folds = _folds(graph, context)
     fitting, probe = folds[0]
     target = aim = 10 ** (-decibels / 10)
-    plans = _codable(averaged([plan(graph, weights, *fold) for fold in folds]), target)
+    plans = _codable(plan(graph, weights, folds), target)
     layers = [item.layer for item in plans]
     reached = ""
     aside = " that took no part in it" if fitting.activations is not context.activations else ""

@@ -56,7 +56,7 @@ def planned(
     data = Calibration(Samples(lambda index: feeds[index], range(len(feeds)), "test"), threads=1) if feeds else None
     probe = OutputProbe(graph, data) if data is not None and probed else None
     found = [weight for weight in weights(graph) if weight.obstacle is None]
-    plans = plan(graph, found, Context(activations=data, **more), probe)
+    plans = plan(graph, found, [(Context(activations=data, **more), probe)])
     assert [item.weight for item in plans] == found
     assert to_model(graph).SerializeToString() == to_model(load(model)).SerializeToString()  # the graph is left alone
     return {item.weight.site: item for item in plans}
@@ -127,7 +127,7 @@ def test_error_feedback_makes_a_layer_cheaper() -> None:
     calibrated = planned(model, mixed)
     graph = load(model)
     data = Calibration(Samples(lambda index: mixed[index], range(4), "test"), threads=1)
-    plain = plan(graph, weights(graph), Context(), OutputProbe(graph, data))
+    plain = plan(graph, weights(graph), [(Context(), OutputProbe(graph, data))])
     for item in plain:
         assert calibrated[item.weight.site].layer.cost < 0.3 * item.layer.cost
 
@@ -185,7 +185,7 @@ def test_weights_of_zeros_have_a_plan_too() -> None:
     assert item.layer.finest > 0
 
 
-def test_progress_goes_half_way() -> None:
+def test_progress_is_told_of_every_weight() -> None:
     told = []
     planned(layers({"a": 1.0, "b": 1.0}), samples(), progress=lambda *done: told.append(done))
-    assert told == [(1, 4), (2, 4)]
+    assert told == [(1, 2), (2, 2)]

@@ -184,17 +184,21 @@ def test_without_data_every_weight_bears_its_share_of_the_error() -> None:
     assert 10 * np.log10(sum(error for error, _ in errors)) == pytest.approx(-20, abs=0.5)
 
 
-def test_a_weight_that_a_byte_has_too_few_levels_for_is_left_out_where_it_matters() -> None:
+def test_a_weight_with_an_outlier_makes_no_other_pay_for_it() -> None:
     model = onnx.ModelProto()
     model.CopyFrom(network())
     for tensor in model.graph.initializer:
         if tensor.name == "w1":
             values = onnx.numpy_helper.to_array(tensor).copy()
-            values[3, 4] = -100000 * np.abs(values).max()  # and the Relu behind it gives zero
+            values[3, 4] = -100 * np.abs(values).max()  # and the Relu behind it gives zero
             tensor.CopyFrom(oracle.value("w1", values))
     (codings, _, _), result = coded(code_for_sqnr, 30.0, samples(9), model)
-    assert sorted(codings) == ["faint1", "faint2", "w0", "w2", "w3"]
-    assert 29.5 < sqnr(result, samples(9, seed=500), model) < 31.5  # and the others do not have to pay for it
+    assert {"faint1", "faint2", "w0", "w2", "w3"} <= codings.keys()
+    assert 29.0 < sqnr(result, samples(9, seed=500), model) < 31.5  # and the others do not have to pay for it
+
+
+def test_no_weight_is_coded_where_a_byte_has_too_few_levels_for_all() -> None:
+    assert not coded(code_for_sqnr, 95.0, samples(9))[0][0]
 
 
 @pytest.mark.parametrize(("code", "amount"), [(code_for_rate, 3.0), (code_for_sqnr, 18.0)], ids=["rate", "sqnr"])
