@@ -108,7 +108,7 @@ def verification(found: Verification, limits: Tolerance) -> RenderableType:
 def demo(found: DemoResult) -> RenderableType:
     """Returns the compression and the accuracy before and after."""
     return Group(
-        "A small CNN for 8x8 pictures of digits, trained beforehand; tidied, and its weights stored as 5-bit codes:\n",
+        "A small CNN for 8x8 pictures of digits, trained beforehand; tidied, and its weights Huffman coded at 2.5 bits each:\n",
         compression(found.compressed.report),
         "\n[bold]The written file, on labelled pictures that compression never saw:[/]",
         verification(found.verification, Tolerance()),

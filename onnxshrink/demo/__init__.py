@@ -15,13 +15,15 @@ from typing import Any
 
 from onnxshrink.api import Compressed, Verification, compress, verify
 from onnxshrink.contract import Pass
+from onnxshrink.passes.huffman import Huffman
 from onnxshrink.passes.share_weights import ShareWeights
+from onnxshrink.passes.shorten_names import ShortenNames
 from onnxshrink.passes.tidy import Tidy
 from onnxshrink.validate import Tolerance
 
 __all__ = ["DemoResult", "run_demo"]
 
-_PASSES: tuple[Pass, ...] = (Tidy(), ShareWeights(bits=5))
+_PASSES: tuple[Pass, ...] = (Tidy(), ShareWeights(bits_per_weight=2.5), Huffman(), ShortenNames())
 _LIMITS = Tolerance(min_agreement=0.97)
 
 
