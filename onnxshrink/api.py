@@ -236,7 +236,7 @@ def load(model: ModelSource, **options: Any) -> Any:
         UnsupportedModelError: ONNX Runtime cannot load it.
     """
     graph = read_model(model)
-    expand_coded(graph)
+    expand_coded(graph, tables=False)  # what stays coded at run time saves memory there
     sort_nodes(graph)
     return plain_session(graph, **options)
 
@@ -312,7 +312,9 @@ def _notes(evidence: Evidence, limits: Tolerance, complaint: str | None, itself:
     elif evidence.given is None:
         notes.append("one input was given: it judges the result, and passes worked without calibration data")
     if evidence.given is not None and len(evidence.judged) < _FEW_SAMPLES:
-        notes.append(f"the result was judged on {len(evidence.judged)} inputs only: on others the outputs may differ by more")
+        count = len(evidence.judged)
+        few = f"{count} input{'s' if count > 1 else ''} only"
+        notes.append(f"the result was judged on {few}: on others the outputs may differ by more")
     if not limits.is_set:
         notes.append("no limit was set: nothing was rolled back for quality, only for an invalid model or new NaN or infinity")
     if complaint is not None:

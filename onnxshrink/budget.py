@@ -30,6 +30,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _Coded = tuple[dict[str, Coding], Repaired, list[str]]
 _MOST_TRIALS = 3
 _CLOSE_DB = 0.5  # from the target, on the better side
+_CLOSE_BITS = 0.1  # above the rate asked for: error feedback moves it by hundredths
 _FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
 _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the error
 
@@ -38,7 +39,11 @@ def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
     plans = plan(graph, weights, _folds(graph, context))
     codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
-    return codings, repaired, [_summary(codings)]
+    notes = [_summary(codings)]
+    rate = _rate(codings)
+    if rate > bits + _CLOSE_BITS:
+        notes.append(f"{bits:g} bits a weight were asked for; coarser grids would leave nothing of some layers")
+    return codings, repaired, notes
 
 
 def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, context: Context, rate_weight: float = 0.0) -> _Coded:
@@ -53,17 +58,18 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     plans = _codable(plan(graph, weights, folds), target)
     layers = [item.layer for item in plans]
     reached = ""
-    aside = " that took no part in it" if fitting.activations is not context.activations else ""
+    aside = "that took no part in it" if fitting.activations is not context.activations else "it was fitted to"
     for trial in range(_MOST_TRIALS if probe is not None else 0):
         steps = steps_for_error(layers, aim)
         drift = probe.squared_drift(_decoded(plans, *_code(graph, plans, steps, fitting, rate_weight))) if probe is not None else 0.0
         missed = 10 * math.log10(max(drift, 1e-30) / target)
-        reached = f"{decibels - missed:.1f} dB on calibration inputs{aside}, aiming at {decibels:g}"
+        reached = f"{decibels - missed:.1f} dB on calibration inputs {aside}, aiming at {decibels:g}"
         if -_CLOSE_DB <= missed <= 0 or trial == _MOST_TRIALS - 1:
             break
         aim *= 10 ** (-(missed + _CLOSE_DB / 2) / 10)
     codings, repaired = _code(graph, plans, steps_for_error(layers, aim), context, rate_weight)
-    return codings, repaired, [_summary(codings), reached or "no calibration data: steps follow from the weights alone"]
+    unknown = "no calibration data" if context.activations is None else "the outputs on calibration inputs tell nothing"
+    return codings, repaired, [_summary(codings), reached or f"{unknown}: steps follow from the weights alone"]
 
 
 def _codable(plans: Sequence[Plan], squared_error: float) -> list[Plan]:
@@ -120,5 +126,10 @@ def _decoded(plans: Sequence[Plan], codings: dict[str, Coding], repaired: Repair
 
 def _summary(codings: dict[str, Coding]) -> str:
     weights = sum(coding.codes.size for coding in codings.values())
+    return f"{weights} weights on uniform grids, codes of {_rate(codings):.2f} bits entropy a weight"
+
+
+def _rate(codings: dict[str, Coding]) -> float:
+    """Returns the mean entropy of all codes, bits."""
     total = sum(coding.codes.size * coding.entropy for coding in codings.values())
-    return f"{weights} weights on uniform grids, codes of {total / max(weights, 1):.2f} bits entropy a weight"
+    return total / max(sum(coding.codes.size for coding in codings.values()), 1)

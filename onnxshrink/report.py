@@ -133,7 +133,7 @@ class CompressionReport:
             *(f"- {note}" for note in self.notes),
         ]
         for step in self.passes:
-            options = ", ".join(f"{key}={format_option(value)}" for key, value in step.options.items())
+            options = ", ".join(f"{key.replace('_', '-')}={format_option(value)}" for key, value in step.options.items())
             lines += ["", f"## {step.name} ({options}): {step.outcome}", ""]
             lines += [step.reason, ""] if step.reason else []
             lines += [f"{format_bytes(step.bytes_before)} → {format_bytes(step.bytes_after)} in {step.seconds:.1f} s", ""]
@@ -194,11 +194,13 @@ def format_share(share: float) -> str:
 
 
 def format_option(value: object) -> str:
-    """Returns an option's value; of a number that a search found, the digits that matter.
+    """Returns an option's value as the command line takes it; of a number that a search found, the digits that matter.
 
-    >>> format_option(0.12013549804687501), format_option("2:4")
-    ('0.1201', '2:4')
+    >>> format_option(0.12013549804687501), format_option("2:4"), format_option(True), format_option(None)
+    ('0.1201', '2:4', 'true', 'none')
     """
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -35,17 +35,18 @@ class OutputProbe:
 
         Args:
             graph: the main graph; kept, and read again for every question.
-            activations: calibration data.
+            activations: calibration data; of much of it a part, spread evenly, for files often hold one class after the other.
 
         Raises:
             ValidationError: the model does not run on them.
         """
+        stride = -(-activations.count // _SAMPLES)
         self._graph = graph
-        self._activations = activations
+        self._activations = activations.fold(0, stride)[1] if stride > 1 else activations
         self._names = list(dict.fromkeys(tensor.name for tensor in graph.outputs if _is_tensor(tensor)))
         self._expected: list[dict[str, Array]] = []
         elements = 0
-        for values in itertools.islice(activations.samples(graph, self._names), _SAMPLES):
+        for values in self._activations.samples(graph, self._names):
             floats = {name: values[name] for name in self._names if is_float(values[name].dtype)}
             elements += sum(array.size for array in floats.values())
             if self._expected and elements > _ELEMENTS:

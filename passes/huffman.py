@@ -86,7 +86,7 @@ class Huffman(Pass):
                 return Report(changes, skips, notes)
             skips += losers.values()
             candidates = [item for index, item in enumerate(candidates) if index not in losers]
-        return Report(skips=skips)
+        return Report(skips=skips, notes=[] if found else ["no weight is stored as codes: run share-weights before"])
 
     def _general_obstacle(self, graph: Graph) -> str:
         """Returns why no weight of a model can be Huffman coded, or nothing."""

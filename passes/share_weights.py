@@ -16,7 +16,8 @@ With calibration data, layers are rewritten in turn, and every column of a weigh
 when the tensor has more zeros than its share.
 
 The result is decoded by standard ops that ONNX Runtime folds when a session starts (`onnxshrink.graph.codebook`), so it runs as
-fast as before. A weight whose coded form is not smaller in the file stays as it is.
+fast as before. Large embedding tables stay coded in memory: what Gather looks up is decoded then. A weight whose coded form is not
+smaller in the file stays as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from onnxshrink.graph.codebook import (
     half_weight,
 )
 from onnxshrink.graph.coded import coded_weights
+from onnxshrink.graph.coded_table import TableFragment, coded_table, lookups
 from onnxshrink.graph.edit import Fragment, NameSource, constant_bytes, replace_constant, set_values
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.storage import is_float
@@ -83,7 +85,7 @@ class ShareWeights(Pass):
     sqnr: float | None = option(
         None, "SQNR of the outputs to aim at, in dB, with as few bits as that takes", low=-20.0, high=120.0, per_site=False
     )
-    step: float | None = option(None, "step of a uniform grid, in rms of the weights; not with bits", low=0.001, high=8.0)
+    step: float | None = option(None, "step of a uniform grid, in rms of the weights; instead of bits", low=0.001, high=8.0)
     rate_weight: float = option(
         0.0, "squared steps of error that a bit of entropy is worth, for grids with steps", low=0.0, high=4.0, per_site=False
     )
@@ -93,8 +95,10 @@ class ShareWeights(Pass):
         super().__post_init__()
         if _MOST_BITS < self.bits < _HALF_BITS:
             raise OptionError(must(self.name, "bits", "1 to 8, or 16 for float16", self.bits))
-        if self.bits_per_weight is not None and self.sqnr is not None:
-            raise OptionError(f"{self.name}: bits-per-weight and sqnr both set the steps; give one of them")
+        given = [name for name in ("bits_per_weight", "sqnr", "step") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join(name.replace("_", "-") for name in given[:2])
+            raise OptionError(f"{self.name}: {names} both set the steps; give one of them")
 
     @property
     def has_budget(self) -> bool:
@@ -160,8 +164,13 @@ class ShareWeights(Pass):
 
             return *code_in_turn(graph, lossy, levels_of, context), []
         if self.sqnr is not None:
-            return code_for_sqnr(graph, lossy, self.sqnr, context, self.rate_weight)
-        return code_for_rate(graph, lossy, self.bits_per_weight or _MOST_BITS, context, self.rate_weight)
+            codings, repaired, notes = code_for_sqnr(graph, lossy, self.sqnr, context, self.rate_weight)
+        else:
+            rate = self.bits_per_weight or _MOST_BITS
+            codings, repaired, notes = code_for_rate(graph, lossy, rate, context, self.rate_weight)
+        if ruled := [weight.site for weight in lossy if options[weight.site] != self]:
+            notes = [*notes, f"what rules say of {', '.join(ruled)} has no effect: all weights share one budget"]
+        return codings, repaired, notes
 
 
 def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | _Half | Skip | None:
@@ -228,14 +237,20 @@ def _store(weight: Weight, coding: Coding | _Half | Skip, names: NameSource) -> 
     constant, scope = weight.constant, weight.scope.graph
     before = constant_bytes(constant, scope)
     listed = constant in scope.inputs
-    fragment: Fragment = (
-        half_weight(constant, scope, names)
-        if isinstance(coding, _Half)
-        else coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
-    )
+    readers = lookups(constant, scope) if isinstance(coding, Coding) else []
+    fragment: Fragment | TableFragment
+    if isinstance(coding, _Half):
+        fragment = half_weight(constant, scope, names)
+    elif readers:
+        fragment = coded_table(constant, readers, coding.codes, coding.bits, coding.values, scope, names)
+    else:
+        fragment = coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
     after = fragment.nbytes(scope)
     if after >= before:
         return Skip(weight.site, f"too small to gain: {after} bytes as codes ({coding.detail}), {before} bytes as it is")
-    replace_constant(scope, constant, fragment)
+    if isinstance(fragment, TableFragment):
+        fragment.insert(scope, constant)
+    else:
+        replace_constant(scope, constant, fragment)
     note = "; no longer a graph input that callers can override" if listed else ""
-    return Change(weight.site, before, after, coding.detail + note)
+    return Change(weight.site, before, after, coding.detail + (", coded at run time" if readers else "") + note)

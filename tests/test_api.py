@@ -205,6 +205,7 @@ class TestSamples:
             return [note for note in compress(MODEL, [], calibration={"x": x}).report.notes if "judged" in note]
 
         assert told(20) == ["the result was judged on 5 inputs only: on others the outputs may differ by more"]
+        assert told(4) == ["the result was judged on 1 input only: on others the outputs may differ by more"]
         assert told(128) == []
 
     def test_made_up_ones_are_said_to_prove_less(self) -> None:

@@ -164,7 +164,7 @@ def test_what_is_said_to_be_reached_is_what_the_coded_model_gives() -> None:
     (_, _, notes), result = coded(code_for_sqnr, 15.0, feeds)
     reached = float(notes[1].split(" dB")[0])
     assert reached == pytest.approx(sqnr(result, feeds), abs=0.051)
-    assert "took no part" not in notes[1]
+    assert notes[1].endswith(" dB on calibration inputs it was fitted to, aiming at 15")
 
 
 def test_more_decibels_take_more_bits() -> None:
@@ -226,4 +226,10 @@ def test_outputs_that_tell_nothing_are_as_good_as_no_data() -> None:
     assert entropy(codings) == pytest.approx(3, abs=0.1)
     (codings, _, notes), _ = coded(code_for_sqnr, 20.0, samples(6), model)
     assert list(codings) == ["w"]
-    assert notes[1].startswith("no ")
+    assert notes[1] == "the outputs on calibration inputs tell nothing: steps follow from the weights alone"
+
+
+def test_a_rate_below_what_the_coarsest_steps_leave_is_said_to_be_missed() -> None:
+    (codings, _, notes), _ = coded(code_for_rate, 0.5, None)
+    assert entropy(codings) > 0.6
+    assert notes[1:] == ["0.5 bits a weight were asked for; coarser grids would leave nothing of some layers"]

@@ -333,7 +333,7 @@ class TestTraces:
             trace(graph, {"x": normal(1, 5)})
 
 
-class TestCodes:
+class TestEntropyOfCodes:
     WEIGHTS = (("wide", 0.3), ("narrow", 2.0))  # steps in rms: many levels, and few
 
     def coded(self, *passes: Pass) -> Inspection:

@@ -3,7 +3,7 @@
 A coded weight is what `onnxshrink.graph.codebook` writes, recognised by its structure and not by its names: a floating-point
 tensor that a few standard ops compute from nothing but constants, unsigned integers of at most 8 bits among them, or from what
 the Huffman decoder of the file puts out (`onnxshrink.graph.huffman`). Tables that stay coded at run time are found by
-`onnxshrink.graph.coded_table`.
+`onnxshrink.graph.table_lookups`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxshrink.graph.coded_table import CodedTable, coded_tables, expand_table
 from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
 from onnxshrink.graph.exporter import inline_tensor, node_message
 from onnxshrink.graph.huffman import Piece, inline_weight_call, is_weight_call, pieces, remove_decoder
 from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Tensor, Variable
 from onnxshrink.graph.storage import element_type, is_float
+from onnxshrink.graph.table_lookups import CodedTable, coded_tables, expand_table
 
 __all__ = ["Coded", "coded_weights", "expand_coded"]
 
@@ -113,13 +113,25 @@ def coded_weights(graph: Graph) -> list[Coded]:
     return [coded for scope in graph.scopes() for coded in _in_scope(scope, outputs, decoded)]
 
 
-def expand_coded(graph: Graph) -> list[Coded]:
-    """Replaces every coded weight, and every one kept in float16, by its dense tensor; returns what was replaced."""
+def expand_coded(graph: Graph, *, tables: bool = True) -> list[Coded]:
+    """Replaces every coded weight, and every one kept in float16, by its dense tensor; returns what was replaced.
+
+    Args:
+        graph: the main graph.
+        tables: whether those that stay coded at run time become dense too. Otherwise their codes become a constant, a byte each.
+
+    Raises:
+        ModelReadError: Huffman coded data is damaged.
+    """
     coded = coded_weights(graph)
     parts = {id(node) for item in coded for node in item.nodes}  # a codebook may itself be kept in float16
     found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts)]
     for item in found:
-        if item.table is not None:
+        if item.table is not None and not tables:
+            if isinstance(item.output, Variable):
+                codes = Constant(item.output.name, item.evaluate(item.output))
+                replace_node(item.scope.graph, graph, item.output.inputs[0], [codes])
+        elif item.table is not None:
             expand_table(item.scope.graph, graph, item.table, item.values())
         else:
             replace_node(item.scope.graph, graph, item.nodes[-1], [Constant(item.output.name, item.values())])

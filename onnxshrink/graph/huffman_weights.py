@@ -23,7 +23,6 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper
 
 from onnxshrink.graph.coded import Coded
-from onnxshrink.graph.coded_table import CodedTable
 from onnxshrink.graph.edit import (
     Fragment,
     NameSource,
@@ -39,6 +38,7 @@ from onnxshrink.graph.huffman import Decoder
 from onnxshrink.graph.huffman_decoder import DOMAIN, FIRST_WITH_INTS, WEIGHT, weight_function
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 from onnxshrink.graph.opset import raise_opset
+from onnxshrink.graph.table_lookups import CodedTable
 from onnxshrink.numerics.huffman_plan import Mapper, plan
 from onnxshrink.numerics.tokens import Kind
 
@@ -90,22 +90,17 @@ def centred(coded: Coded) -> Centred | None:
 
 
 def _centred_table(coded: Coded, table: CodedTable) -> Centred | None:
-    """Returns the codes of a table, uint8; None where they do not fit an int8 and nothing can make up for a centre."""
+    """Returns the codes of a table; None where they do not fit an int8 and nothing can make up for a centre."""
     codes = coded.evaluate(table.codes).astype(np.int32)
-    zero_points, codebook = table.stored_operand("Sub"), table.stored_operand("Gather")
-    centre, moved = _centre(codes) if codes.size and codebook is not None else 128 * int(codes.max(initial=0) > 127), None
-    if zero_points is not None and zero_points.size == 1:
-        number = zero_points.values.item()
-        whole = number == int(number) and codes.min() - number >= -128 and codes.max() - number <= 127
-        centre = int(number) if whole else centre
-    if centre and zero_points is not None:
-        signed = np.dtype(np.int8) if zero_points.dtype == np.uint8 else zero_points.dtype
-        moved = zero_points, (zero_points.values.astype(np.float32) - centre).astype(signed)
-    elif centre and codebook is not None:
-        moved = codebook, np.roll(codebook.values, -centre)
-    elif centre or codes.size == 0:
+    if not codes.size:
         return None
-    if moved is not None and not _is_read_through(moved[0], coded):
+    centre, zero_point = _centre(codes), table.zero_point
+    if zero_point is not None and codes.min() - zero_point >= -128 and codes.max() - zero_point <= 127:
+        centre = zero_point
+    elif centre and table.has_zero_points:
+        centre = 128 * int(codes.max() > 127)  # with it, zero points of rows from 0 to 255 fit an int8 too
+    moved = table.operand_for(centre) if centre else None
+    if centre and moved is None:
         return None
     return Centred(coded, (codes - centre).astype(np.int8).reshape(-1), centre, table.codes, None, codes.shape, moved)
 
@@ -148,13 +143,6 @@ def _decoded_weight(
         old, values = weight.moved
         fragment.constants.append(Constant(old.name if _is_private(old, weight.coded) else names.fresh("hc"), values))
     return fragment
-
-
-def _is_read_through(constant: Constant, coded: Coded) -> bool:
-    """Whether what the nodes of a weight make of a constant, a Cast of it, is read by none but them."""
-    own = {id(node) for node in coded.nodes}
-    casts = [node for node in constant.outputs if id(node) in own and node.op == "Cast"]
-    return all(id(reader) in own for cast in casts for reader in cast.outputs[0].outputs)
 
 
 def _is_private(constant: Constant, coded: Coded) -> bool:

@@ -122,6 +122,7 @@ def _groups(vectors: Sequence[Int8s], kinds: Sequence[Kind]) -> list[list[int]]:
     described = enumerate(zip(vectors, kinds, strict=True))
     small = [index for index, (vector, kind) in described if kind == "single" and vector.size <= _MOST_SHARED]
     counts = np.array([np.bincount(vectors[index].view(np.uint8), minlength=256) for index in small]).reshape(-1, 256)
+    counts = counts[:, counts.any(axis=0)]  # a few dozen: the time of what follows goes with them
     members = [[index] for index in small]
     costs = _cost(counts)
     unions = [_cost(counts[row] + counts) for row in range(len(counts))]
@@ -134,8 +135,9 @@ def _groups(vectors: Sequence[Int8s], kinds: Sequence[Kind]) -> list[list[int]]:
         counts[one] += counts[other]
         costs[one] = _cost(counts[one : one + 1])[0]
         savings[other], savings[:, other] = -np.inf, -np.inf
-        alive = np.array([bool(group) for group in members])
-        row = np.where(alive, costs[one] + costs - _cost(counts[one] + counts), -np.inf)
+        alive = np.flatnonzero([bool(group) for group in members])
+        row = np.full(len(counts), -np.inf)
+        row[alive] = costs[one] + costs[alive] - _cost(counts[one] + counts[alive])
         row[one] = -np.inf
         savings[one], savings[:, one] = row, row
     shared = [sorted(group) for group in members if group]

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Change, Context, Report, Rule
 from onnxshrink.errors import OptionError
+from onnxshrink.graph.coded import expand_coded
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
@@ -29,6 +30,7 @@ from onnxshrink.inputs import Feeds, Samples
 from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
 from onnxshrink.numerics.grids import decode, encode, fit_grid
 from onnxshrink.passes.share_weights import ShareWeights
+from onnxshrink.passes.tidy import Tidy
 from onnxshrink.testing import check_pass
 from onnxshrink.testing_models import awkward_models
 from tests import oracle
@@ -55,6 +57,15 @@ def dense(weight: Array, opset: int = 13) -> onnx.ModelProto:
         nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     inputs, outputs = [oracle.tensor("x", [1, len(weight)], wide)], [oracle.tensor("y", [1, weight.shape[1]], wide)]
     return oracle.make_model(nodes, inputs, outputs, [oracle.value("w", weight)], opset=opset)
+
+
+def looked_up(*tables: Array) -> onnx.ModelProto:
+    """Returns y0 = w0[ids], y1 = w1[ids], ..."""
+    nodes = [helper.make_node("Gather", [f"w{at}", "ids"], [f"y{at}"]) for at in range(len(tables))]
+    kinds = [helper.np_dtype_to_tensor_dtype(table.dtype) for table in tables]
+    outputs = [oracle.tensor(f"y{at}", ["n", "m", 64], kind) for at, kind in enumerate(kinds)]
+    values = [oracle.value(f"w{at}", table) for at, table in enumerate(tables)]
+    return oracle.make_model(nodes, [oracle.tensor("ids", ["n", "m"], TensorProto.INT64)], outputs, values)
 
 
 def run(
@@ -433,6 +444,34 @@ class TestSites:
         assert report.changes[0].detail == "exact: 9 distinct values; no longer a graph input that callers can override"
         assert [value.name for value in result.graph.input] == ["x"]
 
+    @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 5, "method": "uniform"}, {"bits_per_weight": 4.5}], ids=str)
+    def test_a_large_table_stays_coded_at_run_time(self, options: dict[str, Any], tmp_path: Path) -> None:
+        model = looked_up(normal(4096, 64), normal(4095, 64), np.resize(normal(9), (4096, 64)))
+        result, report = run(ShareWeights(**options), model)
+        details = {change.site: change.detail for change in report.changes}
+        at_run_time = {site for site, detail in details.items() if detail.endswith(", coded at run time")}
+        assert (set(details), at_run_time) == ({"w0", "w1", "w2"}, {"w0", "w2"}), "the other has less than a MiB"
+        running = oracle.session(result, optimised_to=tmp_path / "optimised.onnx")
+        expanded = load(result)
+        expand_coded(expanded)
+        dense_again = {constant.name: constant.values for constant in expanded.constants}
+        feeds = {"ids": np.random.default_rng(0).integers(0, 4095, (3, 50))}
+        outputs = oracle.run(running, feeds)
+        for index, output in enumerate(outputs):
+            assert output.tobytes() == dense_again[f"w{index}"][feeds["ids"]].tobytes()
+        kept = onnx.load(tmp_path / "optimised.onnx").graph.initializer
+        large = {item.data_type for item in kept if list(item.dims) == [4096, 64]}
+        assert large == {TensorProto.UINT8}
+        again, report = run(ShareWeights(bits=2), result)
+        assert again.SerializeToString() == result.SerializeToString()
+        assert {skip.site for skip in report.skips if skip.reason == "is stored as codes already"} == {"w0", "w1", "w2"}
+
+    def test_keeps_the_contract_with_tables(self) -> None:
+        model = looked_up(normal(4096, 64), normal(4096, 64, seed=1).astype(np.float16), np.resize(normal(9), (4096, 64)))
+        for subject in (ShareWeights(bits=8, method="uniform"), ShareWeights(bits=3, per="tensor")):
+            check_pass(subject, [("tables", model)])
+            check_pass(Tidy(), [("coded tables", run(subject, model)[0])])
+
     def test_what_is_coded_already_is_left_alone(self) -> None:
         once, _ = run(ShareWeights(bits=4), dense(normal(64, 64)))
         twice, report = run(ShareWeights(bits=2), once)
@@ -458,6 +497,7 @@ class TestOptions:
                 {"bits_per_weight": 3.0, "sqnr": 30.0},
                 "share-weights: bits-per-weight and sqnr both set the steps; give one of them",
             ),
+            ({"step": 0.3, "sqnr": 30.0}, "share-weights: sqnr and step both set the steps; give one of them"),
         ],
     )
     def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:
@@ -673,6 +713,13 @@ class TestBudget:
         halves = initializers(model)["w2"].astype(np.float16).astype(np.float32)
         np.testing.assert_array_equal(decoded(result, "w2"), halves)
         assert report.notes[0].startswith(f"{SIZES[0] * SIZES[1]} weights on uniform grids")
+
+    @pytest.mark.parametrize("subject", BUDGETS, ids=named)
+    def test_that_rules_cannot_change_it_is_said(self, subject: ShareWeights) -> None:
+        plain, _ = run(subject, network())
+        ruled, report = run(subject, network(), Rule("w1", {"bits": 7}), Rule("w2", {"bits": subject.bits}))
+        assert report.notes[-1] == "what rules say of w1 has no effect: all weights share one budget"
+        assert ruled.SerializeToString() == plain.SerializeToString()
 
     @pytest.mark.parametrize("subject", BUDGETS, ids=named)
     def test_leaves_exact_weights_and_tables_to_their_own(self, subject: ShareWeights) -> None:
