@@ -46,7 +46,8 @@ def gather(graph: Graph, calibration: InputSource | None, seed: int) -> Evidence
             given, judged, probing = None, samples[_PROBING_SAMPLES:], samples[:_PROBING_SAMPLES]
         else:
             given, judged = _split(samples)
-            probing = (judged if given is None else given)[:_PROBING_SAMPLES]
+            most = judged if given is None else given
+            probing = most[:: -(-len(most) // _PROBING_SAMPLES)]  # from all over: files often hold one class after the other
         reference = Reference(graph, judged, running=running)
         return Evidence(samples.source, synthetic, given, judged, probing, reference)
 

@@ -14,6 +14,7 @@ from onnxshrink.errors import ShrinkError
 from onnxshrink.graph.coded import Coded, coded_weights
 from onnxshrink.graph.edit import constant_bytes
 from onnxshrink.graph.files import materialised
+from onnxshrink.graph.huffman import is_decoder_scope
 from onnxshrink.graph.huffman_weights import centred
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
@@ -114,7 +115,7 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
         infos.append(_info(coded.site, "codes", coded.values(), nbytes, None, answers, codes))
     with materialised(graph) as (_, nbytes):
         total = nbytes
-    ops = Counter(node.op for scope in graph.scopes() for node in scope.graph.nodes)
+    ops = Counter(node.op for scope in graph.scopes() if not is_decoder_scope(scope) for node in scope.graph.nodes)
     return Inspection(
         model=name,
         nbytes=total,

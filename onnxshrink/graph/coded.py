@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from onnxshrink.errors import ModelReadError
 from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, replace_node
 from onnxshrink.graph.exporter import inline_tensor, node_message
 from onnxshrink.graph.huffman import Piece, inline_weight_call, is_weight_call, pieces, remove_decoder
@@ -82,7 +83,7 @@ class Coded:
         """Returns the values of the weight or of a tensor on the way to it; for rows of a table, those of all rows.
 
         Raises:
-            ModelReadError: Huffman coded data is damaged.
+            ModelReadError: the codes are damaged.
         """
         if isinstance(tensor, Constant):
             return tensor.values
@@ -103,7 +104,10 @@ class Coded:
         decoded = (piece for piece in self.pieces if id(piece.tensor) in read)
         graph.initializer.extend(numpy_helper.from_array(piece.values(), piece.tensor.name) for piece in decoded)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.scope.graph.opset)])
-        results: Any = ReferenceEvaluator(model).run(None, {})
+        try:
+            results: Any = ReferenceEvaluator(model).run(None, {})
+        except (IndexError, ValueError, TypeError, RuntimeError) as error:  # of numpy, for codes that no codebook has
+            raise ModelReadError(f"tensor '{self.site}': its codes cannot be decoded: {error}; the file is damaged") from error
         return np.asarray(results[0])
 
 

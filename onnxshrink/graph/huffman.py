@@ -13,6 +13,7 @@ takes the element where the decoder writes what is nothing.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,7 @@ __all__ = [
 Array = np.ndarray[Any, np.dtype[Any]]
 Int8s = np.ndarray[Any, np.dtype[np.int8]]
 
+_VERSION = 1  # of what calls, functions and data look like
 _IR_VERSION = 8  # the first with model-local functions (onnx.proto)
 _GATE = np.array([0, 1], np.uint8)
 _SPLIT_SIZES_ARE_INPUT = 13
@@ -98,7 +100,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        entry = helper.make_opsetid(DOMAIN, 1)
+        entry = helper.make_opsetid(DOMAIN, _VERSION)
         constants = sum(constant_bytes(constant, _plain_scope(self.shape.opset)) for constant in self.constants)
         shared = sum(framed_bytes(function.ByteSize()) for function in self.functions) + framed_bytes(entry.ByteSize())
         return constants + sum(node_bytes(node) for node in self.nodes) + shared
@@ -110,7 +112,7 @@ class Decoder:
         model = onnx.ModelProto(functions=self.functions)
         model.opset_import.append(helper.make_opsetid("", self.shape.opset))
         graph.local_functions.extend(from_model(model).local_functions)
-        graph.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        graph.model.opset_import.append(helper.make_opsetid(DOMAIN, _VERSION))
         graph.ir_version = max(graph.ir_version, _IR_VERSION)
 
     def _call(self, batch: Batch, gate: Constant | Variable | None) -> tuple[Variable, Variable | None]:
@@ -136,7 +138,8 @@ class Decoder:
             inputs.append(gate)
             outputs.append(Variable(self.names.fresh("hg")))
         attributes = {"e": sizes} if self.shape.sizes_are_attribute else {}
-        self.nodes.append(Node(DECODER, list(inputs), list(outputs), attributes, domain=DOMAIN))
+        note = onnx.NodeProto(doc_string=_checksum([tensor.values for tensor in inputs if isinstance(tensor, Constant)]))
+        self.nodes.append(Node(DECODER, list(inputs), list(outputs), attributes, domain=DOMAIN, residue=note))
         return outputs[0], outputs[-1] if gate is not None else None
 
     def _split(self, symbols: Variable, parts: Sequence[Sequenced]) -> None:
@@ -192,6 +195,10 @@ class _Call:
             ModelReadError: the data is damaged.
         """
         try:
+            note = self.node.residue.doc_string if self.node.residue is not None else ""
+            found = _checksum([tensor.values for tensor in self.node.inputs if isinstance(tensor, Constant)])
+            if note and note != found:
+                raise ValueError(must("data", "checksum", note, found))
             return decode(self._batch())
         except (ValueError, LookupError, TypeError) as error:
             raise ModelReadError(
@@ -252,8 +259,21 @@ class Piece:
         return symbols[self.start : self.start + self.size]
 
 
+def _checksum(arrays: Sequence[Array]) -> str:
+    """Returns the CRC-32 of what a call reads, as its doc_string holds it: most damaged streams decode to something."""
+    return f"crc32 {zlib.crc32(b''.join(array.tobytes() for array in arrays)):08x}"
+
+
 def has_decoder(graph: Graph) -> bool:
-    """Whether the model has the functions of a decoder."""
+    """Whether the model has the functions of a decoder.
+
+    Raises:
+        ModelReadError: of one that this version does not know.
+    """
+    versions = {entry.version for entry in graph.model.opset_import if entry.domain == DOMAIN}
+    if versions - {_VERSION}:
+        reason = "use the version of onnxshrink that wrote it, or a later one"
+        raise ModelReadError(f"{must('model', 'its Huffman decoder', f'version {_VERSION}', max(versions))}; {reason}")
     return any(function.domain == DOMAIN and function.name == DECODER for function in graph.local_functions)
 
 

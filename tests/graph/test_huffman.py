@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxshrink.api import compress, expand
 from onnxshrink.errors import ModelReadError
 from onnxshrink.graph.edit import NameSource
 from onnxshrink.graph.exporter import to_model
@@ -19,6 +20,8 @@ from onnxshrink.graph.huffman_decoder import DOMAIN, DecoderShape, decoder_funct
 from onnxshrink.graph.ir import Graph, Node, Variable
 from onnxshrink.numerics.huffman_batch import encode
 from onnxshrink.numerics.huffman_plan import Part, Sequenced
+from onnxshrink.passes.huffman import Huffman
+from onnxshrink.passes.share_weights import ShareWeights
 from tests import oracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -209,3 +212,42 @@ class TestReading:
             opset=18,
         )
         assert pieces(load(model)) == {}
+
+
+class TestDamage:
+    def coded(self) -> onnx.ModelProto:
+        rng = np.random.default_rng(3)
+        value = oracle.value("w", rng.standard_normal((400, 400)).astype(np.float32))
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+        model = oracle.make_model([node], [oracle.tensor("x", ["n", 400])], [oracle.tensor("y", ["n", 400])], [value])
+        return compress(model, [ShareWeights(step=0.5), Huffman()]).to_model()
+
+    def test_a_flipped_bit_is_noticed_wherever_it_is(self) -> None:
+        model = self.coded()
+        (data,) = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
+        raw = bytearray(data.raw_data)
+        for position in range(0, len(raw), len(raw) // 25):
+            raw[position] ^= 4
+            data.raw_data = bytes(raw)
+            with pytest.raises(ModelReadError, match="the file is damaged"):
+                expand(model)
+            raw[position] ^= 4
+
+    def test_another_version_is_refused(self) -> None:
+        model = self.coded()
+        for entry in model.opset_import:
+            entry.version = 2 if entry.domain == "onnxshrink" else entry.version
+        with pytest.raises(ModelReadError, match="version 1, got 2"):
+            expand(model)
+
+    def test_codes_beyond_the_codebook_are_refused(self) -> None:
+        codes = oracle.value("w.codes", np.full((8, 8), 5, np.uint8))
+        book = oracle.value("w.codebook", np.zeros(4, np.float32))
+        nodes = [
+            helper.make_node("Cast", ["w.codes"], ["index"], to=onnx.TensorProto.INT32),
+            helper.make_node("Gather", ["w.codebook", "index"], ["w"]),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ]
+        model = oracle.make_model(nodes, [oracle.tensor("x", ["n", 8])], [oracle.tensor("y", ["n", 8])], [codes, book])
+        with pytest.raises(ModelReadError, match="tensor 'w': its codes cannot be decoded"):
+            expand(model)
