@@ -57,19 +57,88 @@ def numerics_speed(figures: dict[str, Any]) -> list[str]:
     return lines + [f"| {name} | {case['seconds']:.1f} | {case['peak_mib']:.0f} |" for name, case in figures["cases"].items()]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "share_8bit": share_8bit,
-    "share_8bit_stripped": share_8bit,
-    "session_start": session_start,
-    "large_model": large_model,
-    "numerics_speed": numerics_speed,
+def coded_size(figures: dict[str, Any]) -> list[str]:
+    """Returns what the rows of `coded_size.py` weigh, and how near they stay to the originals."""
+    lines = [
+        "| model | bytes | `share-weights` | plain codes | Huffman | plain, zipped | Huffman, zipped | SQNR dB | judged by |",
+        "|---|--:|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in figures["models"]:
+        if "error" in row:
+            lines.append(f"| {row['name']} | | {row['asked']} | {row['error']} ||||||")
+            continue
+        sizes = " | ".join(f"{row[key]:,}" for key in ("plain_bytes", "bytes", "plain_bytes_zipped", "bytes_zipped"))
+        lines.append(
+            f"| {row['name']} | {row['bytes_before']:,} | {row['share']} | {sizes} | {row['sqnr_db']:.1f} | {_judged(row)} |"
+        )
+    return lines
+
+
+def _judged(row: dict[str, Any]) -> str:
+    """Returns what else than SQNR was measured."""
+    parts = []
+    if row["agreement"] is not None:
+        parts.append(f"agreement {format_share(row['agreement'])}")
+    if row["accuracy"] is not None:
+        parts.append(f"top-1 {row['accuracy'][0]:.2%} → {row['accuracy'][1]:.2%}")
+    if "spearman" in row:
+        parts.append(f"Spearman {100 * row['spearman'][0]:.2f} → {100 * row['spearman'][1]:.2f}")
+    return "; ".join(parts) or "–"
+
+
+def coded_cost(figures: dict[str, Any]) -> list[str]:
+    """Returns what the rows of `coded_size.py` cost: bits beyond the entropy, run time, start, and compression."""
+    lines = [
+        "| model | `share-weights` | entropy | coded | coded / entropy | run time / original's | session start ms | CPU s | peak MB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in figures["models"]:
+        if "error" in row:
+            continue
+        run, start = "–", "–"
+        if "run_ratio" in row:
+            low, median, high = row["run_ratio"]
+            run, start = f"{median:.2f} ({low:.2f} to {high:.2f})", " → ".join(f"{value:.0f}" for value in row["start_ms"])
+        lines.append(
+            f"| {row['name']} | {row['share']} | {row['entropy_bits']:.2f} | {row['coded_bits']:.2f} "
+            f"| {row['coded_bits'] / row['entropy_bits']:.3f} | {run} | {start} | {row['cpu_seconds']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return lines
+
+
+def huffman_session(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `huffman_session.py`."""
+    lines = [
+        "| million weights | form | file MB | session start s | ns per weight beyond dense | peak MB | extra peak / dense weights |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in figures["forms"]:
+        form = f"{row['form']}, `onnxshrink.load`" if row["way"] else row["form"]
+        extra = "| – | " if row["form"] == "dense" else f"| {row['ns_per_weight']:.0f} | "
+        share = "–" if row["form"] == "dense" else f"{row['extra_peak']:.2f}"
+        lines.append(
+            f"| {row['weights'] / 1e6:.0f} | {form} | {row['file_mb']:.1f} | {row['seconds']:.1f} {extra}{row['peak_mb']:.0f} | {share} |"
+        )
+    return lines
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "coded_size": ("coded_size", coded_size),
+    "coded_cost": ("coded_size", coded_cost),
+    "huffman_session": ("huffman_session", huffman_session),
+    "share_8bit": ("share_8bit", share_8bit),
+    "share_8bit_stripped": ("share_8bit_stripped", share_8bit),
+    "session_start": ("session_start", session_start),
+    "large_model": ("large_model", large_model),
+    "numerics_speed": ("numerics_speed", numerics_speed),
 }
+"""Name of the table in the README -> (name of the JSON file, what renders it)."""
 
 
 def updated(readme: str) -> str:
     """Returns the README with every table written anew."""
-    for name, render in TABLES.items():
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    for name, (source, render) in TABLES.items():
+        path = ROOT / "benchmarks" / "results" / f"{source}.json"
         table = "\n".join(render(json.loads(path.read_text())))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", readme, flags=re.DOTALL)
