@@ -413,7 +413,7 @@ class TestTexts:
             (("--pass", "sparsfy"), "unknown pass 'sparsfy'; did you mean 'sparsify'? Known: "),
             (
                 ("--pass", "share-weights:bit=3"),
-                "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, method, per",
+                "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, method, per, rate-weight, repair, sqnr, step",
             ),
             (("--pass", "share-weights:bits=many"), "share-weights: bits must be a whole number, got 'many'"),
             (("--pass", "share-weights:bits=99"), "share-weights: bits must be "),
