@@ -52,17 +52,13 @@ def plan(graph: Graph, weights: Sequence[Weight], folds: Sequence[tuple[Context,
         folds: contexts for activations and progress, each with a probe of the graph on other inputs; None where there is nothing
             to measure with, so that costs stay unknown.
     """
-    scales: dict[int, Array] = {}
-    layers: dict[int, Layer] = {}
+    plans = {id(weight): _unmeasured(weight) for weight in weights}
     costs: dict[int, list[float | None]] = {id(weight): [] for weight in weights}
     for number, (context, probe) in enumerate(folds):
         for done, (weight, grams) in enumerate(_with_grams(graph, weights, context), 1):
-            scales[id(weight)], layers[id(weight)] = _layer(weight)
-            costs[id(weight)].append(_cost(weight, scales[id(weight)], grams, probe))
+            costs[id(weight)].append(_cost(plans[id(weight)], grams, probe) if probe is not None else None)
             context.progress(number * len(weights) + done, len(folds) * len(weights))
-    return [
-        Plan(weight, scales[id(weight)], replace(layers[id(weight)], cost=_mean(costs[id(weight)]))) for weight in weights
-    ]
+    return [replace(item, layer=replace(item.layer, cost=_mean(costs[key]))) for key, item in plans.items()]
 
 
 def _mean(costs: Sequence[float | None]) -> float | None:
@@ -81,29 +77,23 @@ def _with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> It
     yield from ((weight, moments.shrunk) for weight, moments in context.activations.grams(graph, wanted))
 
 
-def _layer(weight: Weight) -> tuple[Array, Layer]:
-    """Returns the rms of each channel relative to the others, and the layer without its cost."""
-    relative, scales = _relative(weight)
+def _unmeasured(weight: Weight) -> Plan:
+    """Returns the plan of a weight whose cost is not known yet."""
+    grouped = by_channel(weight.layout.forward(weight.constant.values).astype(np.float64), weight.channels)
+    scales = relative_scales(grouped, 1.0)
+    relative = grouped / scales[:, None]
     finest = max(float(np.abs(relative).max(initial=0.0)) / MOST_STEPS, float(np.finfo(np.float32).tiny))
-    return scales, Layer(sampled(relative), relative.size, None, finest)
+    return Plan(weight, scales, Layer(sampled(relative), relative.size, None, finest))
 
 
-def _cost(weight: Weight, scales: Array, grams: Array | None, probe: OutputProbe | None) -> float | None:
-    """Returns the squared drift of the outputs over the squared step, or None if that cannot be measured."""
-    if probe is None:
-        return None
-    relative, _ = _relative(weight)
-    rms = float(np.sqrt(np.mean(np.square(relative)))) or 1.0
+def _cost(item: Plan, grams: Array | None, probe: OutputProbe) -> float | None:
+    """Returns the squared drift of the outputs over the squared step, or None if that is not finite."""
+    weight, scales = item.weight, item.scales
     matrix, channels = weight.layout.forward(weight.constant.values).astype(np.float64), weight.channels
-    levels = step_levels(by_channel(matrix, channels), (_PROBED_STEP * rms * scales).astype(np.float32))
+    grouped = by_channel(matrix, channels)
+    rms = float(np.sqrt(np.mean(np.square(grouped / scales[:, None])))) or 1.0
+    levels = step_levels(grouped, (_PROBED_STEP * rms * scales).astype(np.float32))
     step = float(levels.grid.scale[0] / scales[0])  # coarser than asked for where a few weights lie far out
     rounded = round_rows(matrix, grams, levels.rows(channels))
     drift = probe.squared_drift({weight.site: weight.layout.inverse(rounded).astype(weight.constant.dtype)})
     return drift / step**2 if np.isfinite(drift) else None
-
-
-def _relative(weight: Weight) -> tuple[Array, Array]:
-    """Returns the weights of each channel [channels, columns] over its scale, and the scales."""
-    grouped = by_channel(weight.layout.forward(weight.constant.values).astype(np.float64), weight.channels)
-    scales = relative_scales(grouped, 1.0)
-    return grouped / scales[:, None], scales

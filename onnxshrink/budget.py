@@ -59,9 +59,10 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     layers = [item.layer for item in plans]
     reached = ""
     aside = "that took no part in it" if fitting.activations is not context.activations else "it was fitted to"
-    for trial in range(_MOST_TRIALS if probe is not None else 0):
-        steps = steps_for_error(layers, aim)
-        drift = probe.squared_drift(_decoded(plans, *_code(graph, plans, steps, fitting, rate_weight))) if probe is not None else 0.0
+    for trial in range(_MOST_TRIALS):
+        if probe is None:
+            break
+        drift = probe.squared_drift(_decoded(plans, *_code(graph, plans, steps_for_error(layers, aim), fitting, rate_weight)))
         missed = 10 * math.log10(max(drift, 1e-30) / target)
         reached = f"{decibels - missed:.1f} dB on calibration inputs {aside}, aiming at {decibels:g}"
         if -_CLOSE_DB <= missed <= 0 or trial == _MOST_TRIALS - 1:

@@ -53,7 +53,7 @@ def sampled(values: Array) -> Array:
     """Returns the values, or evenly spaced ones of them where there are many."""
     flat = values.reshape(-1)
     stride = max(1, flat.size // _SAMPLE) | 1  # odd: no resonance with powers of two in the shape
-    return flat[::stride]
+    return flat[::stride].copy()  # not a view: those of all layers are held, and must not hold the layers
 
 
 def rounded_entropy(values: Array, step: float) -> float:
