@@ -236,7 +236,7 @@ def _store(weight: Weight, coding: Coding | _Half | Skip, names: NameSource) -> 
         return coding
     constant, scope = weight.constant, weight.scope.graph
     before = constant_bytes(constant, scope)
-    listed = constant in scope.inputs
+    overridable = constant in scope.overridable
     readers = lookups(constant, scope) if isinstance(coding, Coding) else []
     fragment: Fragment | TableFragment
     if isinstance(coding, _Half):
@@ -252,5 +252,5 @@ def _store(weight: Weight, coding: Coding | _Half | Skip, names: NameSource) -> 
         fragment.insert(scope, constant)
     else:
         replace_constant(scope, constant, fragment)
-    note = "; no longer a graph input that callers can override" if listed else ""
+    note = "; no longer a graph input that callers can override" if overridable else ""
     return Change(weight.site, before, after, coding.detail + (", coded at run time" if readers else "") + note)

@@ -37,7 +37,6 @@ from onnxshrink.options import option
 __all__ = ["Tidy"]
 
 _NOTE_FIELDS = ("doc_string", "metadata_props")
-_FIRST_IR_WITH_OVERRIDES = 4  # before, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
 _MANY_NOTES_BYTES = 10_000  # from here on people want to know
 
 
@@ -61,7 +60,7 @@ class Tidy(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place; see the module for what is done, in that order."""
-        listed = [tensor.name for tensor in graph.inputs if isinstance(tensor, Constant)]
+        listed = [tensor.name for tensor in graph.overridable]
         answers: list[Change | Skip] = [*_remove_unused(graph)]
         for scope in list(graph.scopes()):
             answers += _remove_identities(scope, graph)
@@ -133,7 +132,7 @@ def _fold_batch_norms(scope: Scope, graph: Graph) -> Iterator[Change | Skip]:
     names, outputs = NameSource(graph), output_ids(graph)
     for node in [node for node in scope.graph.nodes if node.op == "BatchNormalization" and node.is_standard]:
         site, obstacle = scope.address(node.site), obstacle_to_folding(node, outputs)
-        if obstacle is None and graph.ir_version >= _FIRST_IR_WITH_OVERRIDES and _has_listed_parameters(node, scope.graph):
+        if obstacle is None and _has_overridable_parameters(node, scope.graph):
             obstacle = "callers can override its parameters, which are listed as graph inputs"
         if obstacle is not None:
             yield Skip(site, f"BatchNormalization stays: {obstacle}")
@@ -189,8 +188,8 @@ def _by_site(changes: Iterable[Change]) -> list[Change]:
     return list(merged.values())
 
 
-def _has_listed_parameters(norm: Node, scope: Graph) -> bool:
-    return any(tensor in scope.inputs for tensor in [*norm.inputs[1:], *norm.inputs[0].inputs[0].inputs[1:]])
+def _has_overridable_parameters(norm: Node, scope: Graph) -> bool:
+    return any(tensor in scope.overridable for tensor in [*norm.inputs[1:], *norm.inputs[0].inputs[0].inputs[1:]])
 
 
 def _is_identity(node: Node) -> bool:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, declared_type
+from onnxshrink.graph.ir import FIRST_IR_WITH_OVERRIDES, Constant, Graph, Node, Tensor, declared_type
 
 __all__ = ["TensorWriter", "framed_bytes", "inline_tensor", "node_message", "shell_tensor", "tensor_bytes", "to_model"]
-
-_FIRST_IR_WITH_PLAIN_INITIALIZERS = 4  # before it, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
 
 TensorWriter = Callable[[Constant], TensorProto]
 
@@ -29,7 +27,11 @@ def to_model(graph: Graph, write_tensor: TensorWriter | None = None) -> onnx.Mod
     _write_graph(graph, model.graph, write)
     listed = {tensor.name for tensor in graph.inputs}
     plain = any(constant.holder is None and constant.name not in listed for constant in graph.constants)
-    model.ir_version = max(graph.ir_version, _FIRST_IR_WITH_PLAIN_INITIALIZERS if plain else 0)
+    model.ir_version = max(graph.ir_version, FIRST_IR_WITH_OVERRIDES if plain else 0)
+    kept = {tensor.name for tensor in graph.inputs_at(model.ir_version)}
+    for index in reversed(range(len(model.graph.input))):
+        if model.graph.input[index].name not in kept:
+            del model.graph.input[index]
     for function in graph.local_functions:
         _write_function(function, model.functions.add(), write)
     return model

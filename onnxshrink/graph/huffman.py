@@ -113,7 +113,7 @@ class Decoder:
         model.opset_import.append(helper.make_opsetid("", self.shape.opset))
         graph.local_functions.extend(from_model(model).local_functions)
         graph.model.opset_import.append(helper.make_opsetid(DOMAIN, _VERSION))
-        graph.ir_version = max(graph.ir_version, _IR_VERSION)
+        graph.raise_ir_version(_IR_VERSION)
 
     def _call(self, batch: Batch, gate: Constant | Variable | None) -> tuple[Variable, Variable | None]:
         """Adds the call for a batch; returns its symbols and the gate for the next one."""

@@ -22,7 +22,9 @@ import onnx_graphsurgeon as gs
 
 from onnxshrink.graph.storage import Stored, element_type, raw_nbytes
 
-__all__ = ["Constant", "Graph", "Node", "Scope", "Tensor", "Variable", "declared_type", "freeze"]
+__all__ = ["FIRST_IR_WITH_OVERRIDES", "Constant", "Graph", "Node", "Scope", "Tensor", "Variable", "declared_type", "freeze"]
+
+FIRST_IR_WITH_OVERRIDES = 4  # before it, every initializer had to be listed as an input (onnx.proto, IR_VERSION)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Dims = tuple["int | str | None", ...]
@@ -246,6 +248,27 @@ class Graph(gs.Graph):  # type: ignore[misc]  # GraphSurgeon ships no types
         yield from _scopes(self, "")
         for function in self.local_functions:
             yield from _scopes(function, f"{function.domain}::{function.name}")
+
+    @property
+    def overridable(self) -> list[Constant]:
+        """The initializers that are listed as inputs and that callers may therefore give other values."""
+        listed = [tensor for tensor in self.inputs if isinstance(tensor, Constant)]
+        return listed if (self.ir_version or 0) >= FIRST_IR_WITH_OVERRIDES else []  # bodies have no version, nor callers
+
+    def inputs_at(self, ir_version: int) -> list[Tensor]:
+        """Returns the inputs that a file of an IR version lists.
+
+        Below IR version 4 every initializer is an input by name, and a constant all the same (onnxruntime_c_api.h,
+        Graph_GetInitializers). From 4 on, listing it invites callers to override it, and ONNX Runtime neither folds nor packs it.
+        """
+        if self.ir_version < FIRST_IR_WITH_OVERRIDES <= ir_version:
+            return [tensor for tensor in self.inputs if not isinstance(tensor, Constant)]
+        return self.inputs
+
+    def raise_ir_version(self, ir_version: int) -> None:
+        """Makes sure that the model is of an IR version at least; what was constant stays constant."""
+        self.inputs = self.inputs_at(ir_version)
+        self.ir_version = max(self.ir_version, ir_version)
 
     def copy(self) -> Graph:
         """Returns a structural copy: new nodes, tensors and lists; shared frozen arrays and stored tensors."""

@@ -11,6 +11,7 @@ from onnxshrink.graph.edit import remove_dead, replace_everywhere, set_values
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable, freeze
+from tests import oracle
 from tests.oracle import differences
 
 MODEL = """
@@ -162,3 +163,41 @@ def _objects(graph: Graph) -> list[object]:
 
 def test_the_fixture_is_valid(graph: Graph) -> None:
     onnx.checker.check_model(to_model(graph), full_check=True)
+
+
+class TestListedInitializers:
+    """A model of IR version 3 lists its initializers as inputs, where they are constants; in a newer file they would be defaults."""
+
+    def model(self, ir_version: int) -> onnx.ModelProto:
+        text = """g (float[2] x, float[2] w, float[2] b) => (float[2] y) <float[2] w = {1, 2}, float[2] b = {3, 4}>
+            { m = Mul (x, w) y = Add (m, b) }"""
+        model = parser.parse_model(f'<ir_version: {ir_version}, opset_import: ["": 8]> {text}')
+        assert [info.name for info in model.graph.input] == ["x", "w", "b"]
+        return model
+
+    def test_stay_inputs_while_the_version_stays(self) -> None:
+        for ir_version in (3, 8):
+            model = self.model(ir_version)
+            assert to_model(load(model)) == model
+
+    def test_are_no_defaults_that_callers_override_in_a_newer_file(self) -> None:
+        graph = load(self.model(3))
+        assert not graph.overridable
+        graph.constants.append(Constant("new", np.ones(2, np.float32)))
+        written = to_model(graph)
+        assert written.ir_version == 4
+        assert [info.name for info in written.graph.input] == ["x"]
+        assert not oracle.session(written).get_overridable_initializers()
+        assert graph.ir_version == 3, "writing changes nothing"
+
+    def test_of_a_newer_file_stay_overridable(self) -> None:
+        graph = load(self.model(8))
+        assert [constant.name for constant in graph.overridable] == ["w", "b"]
+        graph.raise_ir_version(9)
+        assert [info.name for info in to_model(graph).graph.input] == ["x", "w", "b"]
+
+    def test_raising_the_version_drops_them(self) -> None:
+        graph = load(self.model(3))
+        graph.raise_ir_version(8)
+        assert [tensor.name for tensor in graph.inputs] == ["x"]
+        assert graph.ir_version == 8
