@@ -19,7 +19,8 @@ from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.levels import Levels, step_levels
+from onnxshrink.numerics.level_choice import step_levels
+from onnxshrink.numerics.levels import RowLevels
 from onnxshrink.numerics.rates import steps_for_error, steps_for_rate
 from onnxshrink.repair import Repaired
 from onnxshrink.sensitivity import OutputProbe
@@ -30,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _Coded = tuple[dict[str, Coding], Repaired, list[str]]
 _MOST_TRIALS = 3
 _CLOSE_DB = 0.5  # from the target, on the better side
-_CLOSE_BITS = 0.1  # above the rate asked for: error feedback moves it by hundredths
+_CLOSE_BITS = 0.1  # to the rate asked for: error feedback moves it by hundredths
 _FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
 _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the error
 
@@ -43,6 +44,8 @@ def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context:
     rate = _rate(codings)
     if rate > bits + _CLOSE_BITS:
         notes.append(f"{bits:g} bits a weight were asked for; coarser grids would leave nothing of some layers")
+    elif rate < bits - _CLOSE_BITS:
+        notes.append(f"{bits:g} bits a weight were asked for; codes of a byte take no finer grids")
     return codings, repaired, notes
 
 
@@ -100,7 +103,7 @@ def _code(
 ) -> tuple[dict[str, Coding], Repaired]:
     scales = {item.weight.site: _half(item.scales * np.float32(step)) for item, step in zip(plans, steps, strict=True)}
 
-    def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[Levels, str]:
+    def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
         return step_levels(rows, scales[weight.site], rate_weight), f"uniform grid, {len(rows)} channels"
 
     codings, repaired = code_in_turn(graph, [item.weight for item in plans], levels_of, context)

@@ -5,13 +5,13 @@
         ...
     for weight, gram in activations.grams(graph, weights(graph)):
         ...
-    for weight, pair in activations.paired_grams(edited, weights(edited), graph):
+    for pairs in activations.paired_grams(edited, graph, stages):
         ...
 
-Nothing runs before the first value is asked for, and one sample's values are in memory at a time. Only what the named
-tensors depend on is given to ONNX Runtime, so early layers of a deep network cost little. A new graph output needs no
-type: ONNX Runtime infers it from a ValueInfoProto that has just a name (1.31, tried, although onnx.checker wants a
-type).
+Nothing runs before the first value is asked for. Only what the named tensors depend on is given to ONNX Runtime, so early layers
+of a deep network cost little, and layers that are asked for in portions go on where the portion before stopped
+(`onnxshrink.relay`). A new graph output needs no type: ONNX Runtime infers it from a ValueInfoProto that has just a name (1.31,
+tried, although onnx.checker wants a type).
 
 Gram matrices are made outside of ONNX Runtime: it has no product that makes one triangle only, and its Gemm of X^T and X took 1.3 to
 3 times as long as ssyrk of BLAS (1.31, one thread, 144 to 1,536 columns).
@@ -20,10 +20,10 @@ Gram matrices are made outside of ONNX Runtime: it has no product that makes one
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any, TypeVar
 
@@ -31,15 +31,15 @@ import numpy as np
 
 from onnxshrink.errors import PassError, ValidationError
 from onnxshrink.graph.edit import NameSource
-from onnxshrink.graph.excerpt import excerpt, tensors_by_name
+from onnxshrink.graph.excerpt import tensors_by_name
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable
-from onnxshrink.graph.lowering import Lowering, lookups
+from onnxshrink.graph.lowering import Lowering
 from onnxshrink.graph.sources import Lowerings, Running, lowered, named, running_order, twin_lowerings
 from onnxshrink.graph.weights import Weight
-from onnxshrink.inputs import Feeds, Samples
+from onnxshrink.inputs import Samples
 from onnxshrink.numerics.gram import Gram, GramSum, PairedGram, PairedGramSum
 from onnxshrink.options import did_you_mean
-from onnxshrink.runtime import session
+from onnxshrink.relay import Portion, Relay
 
 __all__ = ["Calibration"]
 
@@ -90,7 +90,7 @@ class Calibration:
         for name in names:
             if name not in known:
                 raise PassError(f"calibration: the main graph has no tensor '{name}'; {did_you_mean(name, known)}")
-        return self._iterate(graph, names, self._data)
+        return Relay(graph, [Portion(names)], self._data, self._threads, 0).values(0)
 
     def grams(self, graph: Graph, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Gram]]:
         """Yields the moments, over as many samples as it takes, of what each weight is multiplied with, see `onnxshrink.graph.lowering`.
@@ -110,102 +110,68 @@ class Calibration:
         """
         found = lowered(graph, weights)
         running = named(graph, (ways for _, ways in found))
-        yield from self._moments(running, running_order(graph, found), GramSum.nbytes, partial(self._sums, running))
+        jobs = running_order(graph, found)
+        sizes = functools.cache(lambda: self._activation_bytes(running))
+        groups = list(_groups(running, list(jobs), GramSum.nbytes, sizes, self._memory))
+        relay = self._relay(running, groups, [()] * len(groups), self._mixed(), self._memory)
+        for number, group in enumerate(groups):
+            moments = self._sums(running, group, relay, number)
+            yield from _by_weight(jobs, group, moments)
+            del moments  # before the next are made
 
     def paired_grams(
-        self, graph: Graph, weights: Sequence[Weight], original: Graph
-    ) -> Iterator[tuple[Weight, PairedGram]]:
-        """Yields the moments of what each weight is multiplied with, with those of what it met in the original.
+        self, graph: Graph, original: Graph, stages: Sequence[Sequence[Weight]]
+    ) -> Iterator[list[tuple[Weight, PairedGram]]]:
+        """Yields the moments of what weights are multiplied with, with those of what they met in the original.
 
-        Both graphs run on all samples, one after the other on each, in groups and with sharing as for `grams`.
+        Both graphs run on all samples, side by side; sharing is as for `grams`. A stage whose moments do not fit in memory
+        together comes in several portions.
 
         Args:
-            graph: a copy of ``original`` in which some constants have new values.
-            weights: some of its weights. Those without a lowering are left out; `lowerings` says why.
+            graph: a copy of ``original`` made for this: tensors without a name that are asked for get one. Between two portions,
+                the weights that have been yielded, and what is added to the outputs of their layers, may get new values.
             original: with the same nodes, tensors, names and weights.
+            stages: weights of ``graph``, each stage after all that its inputs depend on. Weights without a lowering are left out;
+                `lowerings` says why.
 
         Yields:
-            (weight, moments), in the order of `grams`.
+            (weight, moments) of a portion, in the order of `grams`.
 
         Raises:
             PassError: the original has no such weight, or reads it in another way.
             ValidationError: a graph does not run, an activation is not finite, or has another shape than in the original.
         """
-        found = lowered(graph, weights)
-        twins = twin_lowerings(found, original)
-        now = named(graph, (ways for _, ways in found))
+        found = [lowered(graph, stage) for stage in stages]
+        every = [pair for stage in found for pair in stage]
+        twins = twin_lowerings(every, original)
+        now = named(graph, (ways for _, ways in every), in_place=True)
         before = named(original, [tuple(twins.values())])
-        sums = partial(self._paired_sums, now, before, twins)
-        yield from self._moments(now, running_order(graph, found), PairedGramSum.nbytes, sums, graphs=2)
-
-    def row_counts(self, graph: Graph, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Array]]:
-        """Yields how often, over all samples, Gather looks up each row of a weight that is its table.
-
-        Args:
-            graph: as it is now; only read, and not to be edited before the iteration is over.
-            weights: some of its weights. Those that are no table of a Gather in the main graph are left out.
-
-        Yields:
-            (weight, int64 [rows of its view]); a tied weight's counts are summed over its uses.
-
-        Raises:
-            ValidationError: the graph does not run (while iterating).
-        """
-        found = [
-            (weight, ids, _table_rows(weight)) for weight, ids in lookups(graph, weights) if not isinstance(ids, str)
+        orders = [running_order(graph, stage) for stage in found]
+        sizes, half = functools.cache(lambda: self._activation_bytes(now)), self._memory // 2
+        portions = [
+            (jobs, group) for jobs in orders for group in _groups(now, list(jobs), PairedGramSum.nbytes, sizes, half)
         ]
-        counts = [np.zeros(rows, np.int64) for _, _, rows in found]
-        names = {tensor.name for _, ids, _ in found for tensor in ids}
-        for values in self.samples(graph, sorted(names)) if names else ():
-            for (_, ids, rows), count in zip(found, counts, strict=True):
-                for tensor in ids:  # negative ids count from the end
-                    count += np.bincount(values[tensor.name].reshape(-1).astype(np.int64) % rows, minlength=rows)
-        for (weight, _, _), count in zip(found, counts, strict=True):
-            yield weight, count
+        changed = [[weight.constant for ways in group for weight in jobs[ways]] for jobs, group in portions]
+        groups, data = [group for _, group in portions], _read_once(self._mixed())
+        mine = self._relay(now, groups, changed, data, half)
+        others = [[tuple(twins[one] for one in ways) for ways in group] for group in groups]
+        theirs = self._relay(before, others, [()] * len(groups), data, half)
+        for number, (jobs, group) in enumerate(portions):
+            moments = self._paired_sums((now, before), twins, group, (mine, theirs), number)
+            yield list(_by_weight(jobs, group, moments))
+            del moments  # before the next are made
 
-    def _moments(
+    def _relay(
         self,
         running: Running,
-        jobs: dict[Lowerings, list[Weight]],
-        nbytes: Callable[[int, int], int],
-        sums: Callable[[list[Lowerings]], dict[Lowering, _Moments]],
-        graphs: int = 1,
-    ) -> Iterator[tuple[Weight, _Moments]]:
-        """Yields the moments of weights, group by group.
-
-        Args:
-            running: to know the sizes of activations.
-            jobs: the weights by what they are multiplied with, in order.
-            nbytes: what sums take, f(groups, columns).
-            sums: returns the moments of a group of jobs.
-            graphs: how many run at the same time.
-        """
-        for group in self._groups(running, list(jobs), nbytes, graphs):
-            found = sums(group)
-            for ways in group:
-                moments = reduce(add, [found[one] for one in ways])
-                yield from ((weight, moments) for weight in jobs.pop(ways))
-            del found, moments  # before the next group is made
-
-    def _groups(
-        self, running: Running, jobs: list[Lowerings], nbytes: Callable[[int, int], int], graphs: int
-    ) -> Iterator[list[Lowerings]]:
-        """Yields the jobs in groups that fit in memory."""
-        if len(jobs) < 2:
-            yield from [jobs] if jobs else []
-            return
-        activations = self._activation_bytes(running)
-        group: list[Lowerings] = []
-        held: dict[Lowering | str, int] = {}
-        for job in jobs:
-            needs: dict[Lowering | str, int] = {one: nbytes(one.groups, one.columns) for one in job}
-            needs.update((name, graphs * activations[name]) for name in running.wanted(job))
-            if group and sum((held | needs).values()) > self._memory:
-                yield group
-                group, held = [], {}
-            group.append(job)
-            held |= needs
-        yield group
+        groups: Sequence[Sequence[Lowerings]],
+        changed: Sequence[Sequence[Constant]],
+        data: Samples,
+        memory: int,
+    ) -> Relay:
+        names = [running.wanted(one for ways in group for one in ways) for group in groups]
+        portions = [Portion(*portion) for portion in zip(names, changed, strict=True)]
+        return Relay(running.graph, portions, data, self._threads, memory)
 
     def _activation_bytes(self, running: Running) -> dict[str, int]:
         """Returns the bytes of the sources by name, of float32 elements, from the shapes that they have in the first sample."""
@@ -223,63 +189,88 @@ class Calibration:
         sizes = {name: 4 * math.prod(first[shape].tolist()) for name, shape in shapes.items()}
         return {name: sizes.get(name, 0) for name in running.names.values()}
 
-    def _sums(self, running: Running, group: Iterable[Lowerings]) -> dict[Lowering, Gram]:
-        """Returns the moments of all lowerings of a group, from one run over the samples, or as many as it takes."""
+    def _sums(self, running: Running, group: Iterable[Lowerings], relay: Relay, number: int) -> dict[Lowering, Gram]:
+        """Returns the moments of all lowerings of a group, from a run over the samples, or as many as it takes."""
         ways = {one for job in group for one in job}
         sums = {one: GramSum(running.title(one), one.groups, one.columns) for one in ways}
-        for done, values in enumerate(self._iterate(running.graph, running.wanted(ways), self._mixed()), 1):
-            for one, total in sums.items():
-                with _refusals():
-                    for chunk in one.chunks(running.values(one, values)):
-                        total.add(chunk)
-            if _suffices(done, sums.values()):
+        for done, values in enumerate(relay.values(number)):
+            if not _suffices(done, sums.values()):
+                for one, total in sums.items():
+                    with _refusals():
+                        for chunk in one.chunks(running.values(one, values)):
+                            total.add(chunk)
+            elif not relay.hands_on:
                 break
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
 
     def _paired_sums(
-        self, now: Running, before: Running, twins: Mapping[Lowering, Lowering], group: Iterable[Lowerings]
+        self,
+        running: tuple[Running, Running],
+        twins: Mapping[Lowering, Lowering],
+        group: Iterable[Lowerings],
+        relays: tuple[Relay, Relay],
+        number: int,
     ) -> dict[Lowering, PairedGram]:
-        """Returns the moments of all lowerings of a group, from one run of both graphs over the samples, or as many as it takes."""
-        ways = {one for job in group for one in job}
-        sums = {one: PairedGramSum(now.title(one), one.groups, one.columns) for one in ways}
-        feeds, again = itertools.tee(self._mixed())
-        runs = (
-            self._iterate(running.graph, running.wanted(wanted), data)
-            for running, wanted, data in ((now, ways, feeds), (before, [twins[one] for one in ways], again))
-        )
-        for done, (values, originals) in enumerate(zip(*runs, strict=True), 1):
+        """Returns the moments of all lowerings of a group, from a run of both graphs over the samples, or as many as it takes."""
+        now, before = running
+        sums = {one: PairedGramSum(now.title(one), one.groups, one.columns) for job in group for one in job}
+        runs = zip(*(relay.values(number) for relay in relays), strict=True)
+        for done, (values, originals) in enumerate(runs):
+            if _suffices(done, sums.values()):
+                if not any(relay.hands_on for relay in relays):
+                    break
+                continue
             for one, total in sums.items():
                 mine, theirs = now.values(one, values), before.values(twins[one], originals)
                 _check_shapes(now.title(one), mine.values(), theirs.values())
                 with _refusals():
                     for chunk, original in zip(one.chunks(mine), twins[one].chunks(theirs), strict=True):
                         total.add(original, chunk)
-            if _suffices(done, sums.values()):
-                break
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
 
-    def _mixed(self) -> Iterator[Feeds]:
-        """Yields the samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
-        count = len(self._data)
-        return (self._data[index] for index in sorted(range(count), key=lambda index: (index * _GOLDEN) % 1.0))
+    def _mixed(self) -> Samples:
+        """Returns the samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
+        return self._data.take(sorted(range(len(self._data)), key=lambda index: (index * _GOLDEN) % 1.0))
 
-    def _iterate(self, graph: Graph, names: Sequence[str], data: Iterable[Feeds]) -> Iterator[Mapping[str, Array]]:
-        known = tensors_by_name(graph)
-        wanted = {name: known[name] for name in names}
-        constants = {name: tensor.values for name, tensor in wanted.items() if isinstance(tensor, Constant)}
-        computed = [name for name, tensor in wanted.items() if tensor.inputs and not isinstance(tensor, Constant)]
-        if not computed:
-            for feeds in data:
-                yield {name: feeds[name] if name in feeds else constants[name] for name in wanted}
-            return
-        with session(excerpt(graph, computed), self._threads) as running:
-            for feeds in data:
-                values = {**constants, **feeds, **running.run(feeds)}
-                if missing := [name for name in wanted if name not in values]:
-                    raise ValidationError(f"calibration: '{missing[0]}' has no value: it is not a tensor")
-                yield {name: values[name] for name in wanted}
+
+def _groups(
+    running: Running,
+    jobs: list[Lowerings],
+    nbytes: Callable[[int, int], int],
+    activation_bytes: Callable[[], Mapping[str, int]],
+    memory: int,
+) -> Iterator[list[Lowerings]]:
+    """Yields the jobs in groups whose sums, of f(groups, columns) bytes each, fit in memory with the activations by name."""
+    if len(jobs) < 2:
+        yield from [jobs] if jobs else []
+        return
+    group: list[Lowerings] = []
+    held: dict[Lowering | str, int] = {}
+    for job in jobs:
+        needs: dict[Lowering | str, int] = {one: nbytes(one.groups, one.columns) for one in job}
+        needs.update((name, activation_bytes()[name]) for name in running.wanted(job))
+        if group and sum((held | needs).values()) > memory:
+            yield group
+            group, held = [], {}
+        group.append(job)
+        held |= needs
+    yield group
+
+
+def _by_weight(
+    jobs: Mapping[Lowerings, list[Weight]], group: Iterable[Lowerings], found: Mapping[Lowering, _Moments]
+) -> Iterator[tuple[Weight, _Moments]]:
+    """Yields the weights of a group with their moments, summed over the places where they are used."""
+    for ways in group:
+        moments = reduce(add, [found[one] for one in ways])
+        yield from ((weight, moments) for weight in jobs[ways])
+
+
+def _read_once(data: Samples) -> Samples:
+    """Returns samples that two graphs can run on side by side, each read from where it is once."""
+    return Samples(functools.lru_cache(maxsize=1)(data.__getitem__), range(len(data)), data.source)
 
 
 @contextlib.contextmanager
@@ -302,7 +293,3 @@ def _check_shapes(title: str, values: Iterable[Array], originals: Iterable[Array
         if value.shape != original.shape:
             shapes = f"shape {list(original.shape)} in the original and {list(value.shape)} in its copy"
             raise ValidationError(f"calibration: {title} has {shapes}: they cannot be compared position by position")
-
-
-def _table_rows(weight: Weight) -> int:
-    return next(use.view.shape[0] for use in weight.uses if use.op == "Gather" and use.view is not None)

@@ -94,17 +94,13 @@ class Activations(Protocol):
         """
 
     def paired_grams(
-        self, graph: Graph, weights: Sequence[Weight], original: Graph
-    ) -> Iterator[tuple[Weight, PairedGram]]:
-        """Yields, in the manner of `grams`, the moments of what weights meet now together with what they met originally.
+        self, graph: Graph, original: Graph, stages: Sequence[Sequence[Weight]]
+    ) -> Iterator[Sequence[tuple[Weight, PairedGram]]]:
+        """Yields, portion by portion, the moments of what weights meet now together with what they met originally.
 
-        ``graph`` is a copy of ``original`` in which some constants have new values; ``weights`` are of it.
+        ``graph`` is a copy of ``original`` made for this; ``stages`` are of its weights, each after all that it depends on. Between
+        two portions, those that came may get new values.
         """
-
-    def row_counts(
-        self, graph: Graph, weights: Sequence[Weight]
-    ) -> Iterator[tuple[Weight, np.ndarray[Any, np.dtype[Any]]]]:
-        """Yields how often, over all samples, Gather looks up each row of a weight that is its table: int64 [rows]."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +188,11 @@ class Pass(ABC):
     def sites_are_independent(self) -> bool:
         """Whether rules can switch single sites off without changing what becomes of the others."""
         return True
+
+    @property
+    def finish_with(self) -> Sequence[str]:
+        """Names of passes that must run after all others for this one to pay, unless the recipe has them anyway."""
+        return ()
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """Returns the pass with some options changed, as a rule asks for."""

@@ -120,14 +120,14 @@ class Samples(Sequence[Feeds]):
         calibration, holdout = (Samples(self._load, part, self.source, self._load_labels) for part in parts)
         return calibration, holdout
 
+    def take(self, positions: Sequence[int]) -> Samples:
+        """Returns the samples at some positions, in that order."""
+        return Samples(self._load, [self._indices[position] for position in positions], self.source, self._load_labels)
 
     def fold(self, index: int, count: int) -> tuple[Samples, Samples]:
         """Returns (the rest, every ``count``-th sample from ``index`` on), as cross-validation parts them."""
-        rest = [place for position, place in enumerate(self._indices) if position % count != index]
-        return (
-            Samples(self._load, rest, self.source, self._load_labels),
-            Samples(self._load, self._indices[index::count], self.source, self._load_labels),
-        )
+        every = range(len(self))
+        return self.take([position for position in every if position % count != index]), self.take(every[index::count])
 
 
 def read_inputs(source: InputSource, specs: Sequence[InputSpec]) -> Samples:

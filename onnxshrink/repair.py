@@ -77,8 +77,9 @@ def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, c
         lambda weight: _put(twins[weight.site], rewrite(weight, _matrix(weight), None)),
         [weight for weight in weights if weight.site not in known],
     )
-    for stage in _stages(graph, [weight for weight in weights if weight.site in known]):
-        pairs = list(context.activations.paired_grams(work, [twins[weight.site] for weight in stage], graph))
+    stages = _stages(graph, [weight for weight in weights if weight.site in known])
+    of_work = [[twins[weight.site] for weight in stage] for stage in stages]
+    for pairs in context.activations.paired_grams(work, graph, of_work):
         results = context.map(lambda pair: _repair(by_site[pair[0].site], pair[1], rewrite), pairs)
         for (twin, moments), matrix in zip(pairs, results, strict=True):
             _put(twin, matrix)

@@ -23,7 +23,7 @@ from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.inputs import Feeds, Samples
-from onnxshrink.numerics.levels import step_levels
+from onnxshrink.numerics.level_choice import step_levels
 from onnxshrink.repair import Repaired
 from tests import oracle
 
@@ -233,3 +233,9 @@ def test_a_rate_below_what_the_coarsest_steps_leave_is_said_to_be_missed() -> No
     (codings, _, notes), _ = coded(code_for_rate, 0.5, None)
     assert entropy(codings) > 0.6
     assert notes[1:] == ["0.5 bits a weight were asked for; coarser grids would leave nothing of some layers"]
+
+
+def test_a_rate_that_bytes_cannot_reach_is_reported() -> None:
+    (codings, _, notes), _ = coded(code_for_rate, 8.0, None)
+    assert entropy(codings) < 7.9
+    assert notes[1:] == ["8 bits a weight were asked for; codes of a byte take no finer grids"]

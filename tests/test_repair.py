@@ -116,19 +116,17 @@ class Spy:
     asked: list[list[str]]
 
     def paired_grams(
-        self, graph: Graph, weights: Sequence[Weight], original: Graph
-    ) -> Iterator[tuple[Weight, PairedGram]]:
-        self.asked.append([weight.site for weight in weights])
-        for weight in weights:
-            columns = weight.layout.shape[1]
-            yield (
-                weight,
-                PairedGram(
-                    Gram(np.eye(columns)[None], np.zeros((1, columns)), 10),
-                    np.eye(columns)[None],
-                    np.zeros((1, columns)),
-                ),
-            )
+        self, graph: Graph, original: Graph, stages: Sequence[Sequence[Weight]]
+    ) -> Iterator[list[tuple[Weight, PairedGram]]]:
+        for stage in stages:
+            self.asked.append([weight.site for weight in stage])
+            sizes = [weight.layout.shape[1] for weight in stage]
+            eyes = [np.eye(columns)[None] for columns in sizes]
+            zeros = [np.zeros((1, columns)) for columns in sizes]
+            moments = [
+                PairedGram(Gram(eye, zero, 10), eye, zero) for eye, zero in zip(eyes, zeros, strict=True)
+            ]
+            yield list(zip(stage, moments, strict=True))
 
 
 @st.composite

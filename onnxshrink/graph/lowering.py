@@ -31,7 +31,7 @@ from onnxshrink.graph.unfolding import Convolution, Product, ResetStates, States
 from onnxshrink.graph.views import COMPUTE_OPS, View
 from onnxshrink.graph.weights import Use, Weight
 
-__all__ = ["Lowering", "Source", "lookups", "lowering", "lowerings"]
+__all__ = ["Lowering", "Source", "lowering", "lowerings"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Source = Tensor | Node
@@ -71,7 +71,7 @@ class Lowering:
 def lowerings(graph: Graph, weights: Sequence[Weight]) -> list[tuple[Weight, tuple[Lowering, ...] | str]]:
     """Returns, for each weight, the lowerings of all nodes that multiply with it, or why there are none.
 
-    Uses that look rows up (Gather) have none and do not stand in the way; `lookups` finds those.
+    Uses that look rows up (Gather) have none and do not stand in the way.
 
     Args:
         graph: the main graph.
@@ -79,17 +79,6 @@ def lowerings(graph: Graph, weights: Sequence[Weight]) -> list[tuple[Weight, tup
     """
     nodes = {id(node) for node in graph.nodes}
     return [(weight, _of_weight(weight, nodes)) for weight in weights]
-
-
-def lookups(graph: Graph, weights: Sequence[Weight]) -> list[tuple[Weight, tuple[Tensor, ...] | str]]:
-    """Returns, for each weight, the id tensors of all Gather nodes of the main graph that use it as a table, or why not.
-
-    Args:
-        graph: the main graph.
-        weights: some of its weights.
-    """
-    nodes = {id(node) for node in graph.nodes}
-    return [(weight, _ids(weight, nodes)) for weight in weights]
 
 
 def lowering(use: Use) -> Lowering | str:
@@ -121,17 +110,6 @@ def _of_weight(weight: Weight, nodes: set[int]) -> tuple[Lowering, ...] | str:
     if any(one.groups != found[0].groups for one in found):
         return "nodes that share it have different groups"
     return tuple(found)
-
-
-def _ids(weight: Weight, nodes: set[int]) -> tuple[Tensor, ...] | str:
-    uses = [use for use in weight.uses if use.is_operand and use.op == "Gather"]
-    if not uses:
-        return "no Gather node looks rows of it up"
-    if any(id(use.node) not in nodes for use in uses):
-        return "weights inside bodies have no calibration activations"
-    if any(use.view is None or use.view != uses[0].view for use in uses):
-        return "nodes that share it read it as different matrices"
-    return tuple(use.node.inputs[1] for use in uses if use.node is not None)
 
 
 def _product(node: Node, view: View, operand: int, transposed: bool, batch: tuple[int, ...]) -> Lowering:

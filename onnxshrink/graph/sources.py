@@ -25,11 +25,11 @@ Found = list[tuple[Weight, Lowerings]]
 
 @dataclass(frozen=True)
 class Running:
-    """A copy of a graph in which every source that is asked for has a name.
+    """A graph in which every source that is asked for has a name.
 
     Attributes:
-        graph: the copy.
-        names: of the sources, which are those of the graph that was copied.
+        graph: it, or a copy.
+        names: of the sources, which are those of the graph that was copied, if it was.
     """
 
     graph: Graph
@@ -53,20 +53,20 @@ def lowered(graph: Graph, weights: Sequence[Weight]) -> Found:
     return [(weight, ways) for weight, ways in lowerings(graph, weights) if not isinstance(ways, str)]
 
 
-def named(graph: Graph, ways: Iterable[Lowerings]) -> Running:
-    """Returns a copy of the graph in which every source of the lowerings has a name."""
-    copy, fresh = graph.copy(), NameSource(graph)
-    copies = dict(zip(graph.nodes, copy.nodes, strict=True))
+def named(graph: Graph, ways: Iterable[Lowerings], *, in_place: bool = False) -> Running:
+    """Returns a copy of the graph, or the graph itself, in which every source of the lowerings has a name."""
+    running, fresh = graph if in_place else graph.copy(), NameSource(graph)
+    nodes = dict(zip(graph.nodes, running.nodes, strict=True))
     names: dict[Source, str] = {}
     for source in (source for job in ways for one in job for source in one.sources):
         if source not in names and isinstance(source, Node):
-            output = copies[source].outputs[0]
+            output = nodes[source].outputs[0]
             if not output.name:
-                output = copies[source].outputs[0] = Variable(fresh.fresh(f"{source.site}_first"))
+                output = nodes[source].outputs[0] = Variable(fresh.fresh(f"{source.site}_first"))
             names[source] = output.name
         elif source not in names:
             names[source] = source.name
-    return Running(copy, names)
+    return Running(running, names)
 
 
 def running_order(graph: Graph, found: Found) -> dict[Lowerings, list[Weight]]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import helper, parser
 
 from onnxshrink.graph.files import load
-from onnxshrink.graph.lowering import Lowering, lookups, lowerings
+from onnxshrink.graph.lowering import Lowering, lowerings
 from onnxshrink.graph.weights import Weight, weights
 from tests.oracle import make_model, run, session, tensor, value
 
@@ -376,18 +376,3 @@ def test_weights_inside_bodies_have_none() -> None:
     text = f"""{HEAD} g (float[2, 2] x, bool c) => (float[2, 2] y) <float[2, 2] w = {{1, 2, 3, 4}}> {{ y = If(c) <
         then_branch = t () => (float[2, 2] p) {{ p = MatMul(x, w) }}, else_branch = e () => (float[2, 2] q) {{ q = Neg(x) }}> }}"""
     assert found(text)["w"] == "weights inside bodies have no calibration activations"
-
-
-def test_tables_and_what_looks_them_up() -> None:
-    graph = load(
-        parser.parse_model(f"""{HEAD} g (int64[3] i, int64[2] j, float[4, 2] x) => (float[3, 2] y, float[2, 2] z, float[4, 2] v)
-        <float[5, 2] w = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}}, float[2, 2] u = {{1, 2, 3, 4}}>
-        {{ y = Gather(w, i) z = Gather(w, j) v = MatMul(x, u) }}""")
-    )
-    found = weights(graph)
-    (first, table), (second, none) = lookups(graph, found)
-    assert [first.constant.name, second.constant.name] == ["w", "u"]
-    assert isinstance(table, tuple)
-    assert [ids.name for ids in table] == ["i", "j"]
-    assert none == "no Gather node looks rows of it up"
-    assert dict(lowerings(graph, found))[first] == "no node multiplies with it"
