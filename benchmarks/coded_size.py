@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, ClassVar
 
 import corpus
 import numpy as np
+from judged import peak_kb, quality, spearman
 
 from onnxshrink import api
 from onnxshrink.contract import Context, Pass, Report
@@ -36,7 +36,7 @@ from onnxshrink.graph.huffman_weights import centred
 from onnxshrink.graph.ir import Graph
 from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.recipe import parse_pass
-from onnxshrink.validate import Comparison, Tolerance
+from onnxshrink.validate import Tolerance
 
 _LEAST_SQNR_DB = 30.0
 _MOST_TARGETS = 5
@@ -116,28 +116,11 @@ def measure(name: str, share: str, floor: float | None, target: Path, quick: boo
     return row
 
 
-def peak_kb() -> int:
-    """Returns the most memory that this process has had, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def plain_codes(graph: Graph, shorten: Any) -> bytes:
     """Returns the file of a graph with shared weights, with short names too, without Huffman coding."""
     shorten.apply(graph, Context())
     sort_nodes(graph)
     return to_model(graph).SerializeToString()
-
-
-def quality(comparison: Comparison) -> dict[str, Any]:
-    """Returns SQNR of the worst output, agreement, and top-1 of original and result where there are labels."""
-    worst, agreed, accuracy = comparison.worst("sqnr_db"), comparison.worst("agreement"), comparison.accuracy
-    return {
-        "sqnr_db": worst.sqnr_db if worst else None,
-        "agreement": agreed.agreement if agreed else None,
-        "accuracy": [accuracy.top1_original, accuracy.top1_candidate] if accuracy else None,
-        "samples": comparison.samples,
-        "failure": comparison.failure,
-    }
 
 
 def rates(plain: Graph, coded: Graph) -> dict[str, Any]:
@@ -153,28 +136,6 @@ def rates(plain: Graph, coded: Graph) -> dict[str, Any]:
     entropy = sum(entropy_bits(np.bincount(part.view(np.uint8))) for part in codes)
     bits = 8 * sum(piece.nbytes for item in pieces.values() for piece in item)
     return {"codes": count, "entropy_bits": entropy / count, "coded_bits": bits / count}
-
-
-def spearman(path: Path) -> float:
-    """Returns the rank correlation of MiniLM's cosines with the scores of people, over all sentence pairs."""
-    import onnxruntime
-    from scipy.stats import spearmanr
-
-    running = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    with np.load(corpus.CORPUS / "minilm_l6_v2" / "stsb_dev.npz") as data:
-        left, right = (
-            [embedding(running, *pair) for pair in zip(data[f"ids_{s}"], data[f"mask_{s}"], strict=True)] for s in "ab"
-        )
-        return float(spearmanr([one @ other for one, other in zip(left, right, strict=True)], data["score"]).statistic)
-
-
-def embedding(running: Any, ids: Any, mask: Any) -> Any:
-    """Returns the mean of a sentence's last hidden state, of length 1."""
-    length = int(mask.sum())
-    feeds = {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
-    (hidden,) = running.run(["last_hidden_state"], {**feeds, "token_type_ids": np.zeros_like(feeds["input_ids"])})
-    mean = hidden[0].mean(axis=0)
-    return mean / np.linalg.norm(mean)
 
 
 def latency(row: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ import numpy as np
 from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
 from onnxshrink.numerics.distribution import codes_of, distinct_values, distribution
 from onnxshrink.numerics.grids import encode, fit_grid
-from onnxshrink.numerics.masks import Pattern, expand_units, keep_largest, n_m_mask, scores
+from onnxshrink.numerics.masks import keep_largest, n_m_mask
+from onnxshrink.numerics.patterns import Pattern, expand_units, scores
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MEBI = 1 << 20

@@ -1,14 +1,15 @@
 """Steps of uniform grids for all weights of a model at once, from what rounding each of them does to the outputs.
 
 Each weight is rounded alone, with the error feedback it will get, and the drift of the outputs measured on calibration inputs;
-`onnxshrink.numerics.rates` makes steps of that. Within a weight, steps go with each channel's rms: codes are then distributed alike in
-all channels, and it is right if what follows normalises them. Steps that go with the root of the rms did half a decibel better on a
-small residual network and more than a decibel worse on a transformer, where one step for all channels lost 6 dB.
+`onnxshrink.numerics.rates` makes steps of that. Within a weight, steps go with a power of each channel's rms. In proportion to it,
+codes are distributed alike in all channels, which is right if what follows normalises these; steps that go with its root did half a
+decibel better on networks without, and more than a decibel worse on a transformer, where one step for all channels lost 6 dB. So both
+are measured, and the one that takes fewer bits holds for the whole model: for a single layer the difference is mostly noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +17,19 @@ import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
-from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.levels import MOST_STEPS, by_channel, relative_scales, round_rows, step_levels
-from onnxshrink.numerics.rates import Layer, sampled
+from onnxshrink.numerics.cells import by_channel
+from onnxshrink.numerics.level_choice import MOST_STEPS, relative_scales, step_levels
+from onnxshrink.numerics.levels import round_rows
+from onnxshrink.numerics.rates import Layer, rounded_entropy, sampled, steps_for_error
+from onnxshrink.repair import with_grams
 from onnxshrink.sensitivity import OutputProbe
 
 __all__ = ["Plan", "plan"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_EXPONENTS = (1.0, 0.5)  # the first where nothing is known
+_COMPARED_ERROR = 0.01  # squared, of the outputs: 20 dB
 _PROBED_STEP = 0.5  # of the rms: about 3 bits, where the outputs move enough to tell and little enough to be proportional
 
 
@@ -52,35 +57,37 @@ def plan(graph: Graph, weights: Sequence[Weight], folds: Sequence[tuple[Context,
         folds: contexts for activations and progress, each with a probe of the graph on other inputs; None where there is nothing
             to measure with, so that costs stay unknown.
     """
-    plans = {id(weight): _unmeasured(weight) for weight in weights}
-    costs: dict[int, list[float | None]] = {id(weight): [] for weight in weights}
+    kinds = [[_unmeasured(weight, exponent) for weight in weights] for exponent in _EXPONENTS]
+    costs: list[dict[int, list[float]]] = [{id(weight): [] for weight in weights} for _ in kinds]
+    place = {id(weight): index for index, weight in enumerate(weights)}
     for number, (context, probe) in enumerate(folds):
-        for done, (weight, grams) in enumerate(_with_grams(graph, weights, context), 1):
-            costs[id(weight)].append(_cost(plans[id(weight)], grams, probe) if probe is not None else None)
+        for done, (weight, grams) in enumerate(with_grams(graph, weights, context), 1):
+            for plans, found in zip(kinds, costs, strict=True):
+                cost = _cost(plans[place[id(weight)]], grams, probe) if probe is not None else None
+                found[id(weight)] += [cost] if cost is not None else []
             context.progress(number * len(weights) + done, len(folds) * len(weights))
-    return [replace(item, layer=replace(item.layer, cost=_mean(costs[key]))) for key, item in plans.items()]
+    measured = [
+        [_with_cost(item, found[id(item.weight)]) for item in plans] for plans, found in zip(kinds, costs, strict=True)
+    ]
+    return min(measured, key=_bits)
 
 
-def _mean(costs: Sequence[float | None]) -> float | None:
-    """Returns the mean of what was measured, None if nothing was."""
-    known = [cost for cost in costs if cost is not None]
-    return float(np.mean(known)) if known else None
+def _with_cost(item: Plan, costs: Sequence[float]) -> Plan:
+    """Returns the plan with the mean of what was measured, if anything was."""
+    return replace(item, layer=replace(item.layer, cost=float(np.mean(costs)) if costs else None))
 
 
-def _with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Iterator[tuple[Weight, Array | None]]:
-    if context.activations is None:
-        yield from ((weight, None) for weight in weights)
-        return
-    known = {id(weight) for weight, ways in lowerings(graph, weights) if not isinstance(ways, str)}
-    yield from ((weight, None) for weight in weights if id(weight) not in known)
-    wanted = [weight for weight in weights if id(weight) in known]
-    yield from ((weight, moments.shrunk) for weight, moments in context.activations.grams(graph, wanted))
+def _bits(plans: Sequence[Plan]) -> float:
+    """Returns the entropy of all codes for one and the same error of the outputs."""
+    layers = [item.layer for item in plans]
+    steps = steps_for_error(layers, _COMPARED_ERROR)
+    return sum(layer.size * rounded_entropy(layer.values, step) for layer, step in zip(layers, steps, strict=True))
 
 
-def _unmeasured(weight: Weight) -> Plan:
-    """Returns the plan of a weight whose cost is not known yet."""
+def _unmeasured(weight: Weight, exponent: float) -> Plan:
+    """Returns the plan of a weight whose cost is not known yet, with steps that go with a power of the channels' rms."""
     grouped = by_channel(weight.layout.forward(weight.constant.values).astype(np.float64), weight.channels)
-    scales = relative_scales(grouped, 1.0)
+    scales = relative_scales(grouped, exponent)
     relative = grouped / scales[:, None]
     finest = max(float(np.abs(relative).max(initial=0.0)) / MOST_STEPS, float(np.finfo(np.float32).tiny))
     return Plan(weight, scales, Layer(sampled(relative), relative.size, None, finest))

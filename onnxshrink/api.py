@@ -38,7 +38,7 @@ from onnxshrink.inspection import Inspection, inspect_graph
 from onnxshrink.latency import LatencyReport
 from onnxshrink.latency import bench as measure_latency
 from onnxshrink.pipeline import Candidate, Settings, run_steps
-from onnxshrink.recipe import Recipe, default_recipe
+from onnxshrink.recipe import Recipe, default_recipe, finished
 from onnxshrink.report import CompressionReport, PassReport
 from onnxshrink.runtime import plain_session, session
 from onnxshrink.threads import one_blas_thread
@@ -135,7 +135,8 @@ def compress(
 
     Args:
         model: a path, the bytes of a file, or a ModelProto.
-        passes: a pass, or passes or steps in order, or a recipe; by default `onnxshrink.recipe.default_recipe`.
+        passes: a pass, or passes or steps in order, or a recipe; by default `onnxshrink.recipe.default_recipe`. Some passes want
+            another to run last (`sparsify` wants `pack-sparse`, so that zeros make the file smaller); it is added unless it is there.
         calibration: inputs as `onnxshrink.inputs.read_inputs` takes them. A quarter is held out to judge the result. Without
             any, seeded synthetic inputs are made, and the report says that they prove less.
         tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
@@ -174,7 +175,7 @@ def compress(
             executor=executor,
             progress=report_progress,
         )
-        result, steps = run_steps(start, recipe.steps, settings)
+        result, steps = run_steps(start, finished(recipe.steps), settings)
     notes = _notes(evidence, limits, complaint, start.comparison)
     report = _report(_name(model, graph), start, result, steps, evidence, limits, seed, notes)
     return Compressed(result.graph, report, sources)

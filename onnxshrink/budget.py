@@ -23,7 +23,7 @@ from onnxshrink.numerics.level_choice import step_levels
 from onnxshrink.numerics.levels import RowLevels
 from onnxshrink.numerics.rates import steps_for_error, steps_for_rate
 from onnxshrink.repair import Repaired
-from onnxshrink.sensitivity import OutputProbe
+from onnxshrink.sensitivity import folds
 
 __all__ = ["code_for_rate", "code_for_sqnr"]
 
@@ -32,13 +32,12 @@ _Coded = tuple[dict[str, Coding], Repaired, list[str]]
 _MOST_TRIALS = 3
 _CLOSE_DB = 0.5  # from the target, on the better side
 _CLOSE_BITS = 0.1  # to the rate asked for: error feedback moves it by hundredths
-_FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
 _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the error
 
 
 def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
-    plans = plan(graph, weights, _folds(graph, context))
+    plans = plan(graph, weights, folds(graph, context))
     codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
     notes = [_summary(codings)]
     rate = _rate(codings)
@@ -55,10 +54,10 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     A weight that would need far more levels than a byte can tell has no coding. Without calibration data there is nothing to
     measure: every weight then gets an equal share of the error, as if the relative error of its values were that of the outputs.
     """
-    folds = _folds(graph, context)
-    fitting, probe = folds[0]
+    parts = folds(graph, context)
+    fitting, probe = parts[0]
     target = aim = 10 ** (-decibels / 10)
-    plans = _codable(plan(graph, weights, folds), target)
+    plans = _codable(plan(graph, weights, parts), target)
     layers = [item.layer for item in plans]
     reached = ""
     aside = "that took no part in it" if fitting.activations is not context.activations else "it was fitted to"
@@ -80,22 +79,6 @@ def _codable(plans: Sequence[Plan], squared_error: float) -> list[Plan]:
     """Returns the plans that codes of a byte suffice for, or nearly."""
     wanted = steps_for_error([replace(item.layer, finest=0.0) for item in plans], squared_error)
     return [item for item, step in zip(plans, wanted, strict=True) if step * _TOO_COARSE >= item.layer.finest]
-
-
-def _folds(graph: Graph, context: Context) -> list[tuple[Context, OutputProbe | None]]:
-    """Returns contexts with two thirds of the calibration data, each with a probe on the rest: what was fitted must not judge.
-
-    A few inputs tell little of what a weight is worth, so with few every third is held back once; one of many is enough.
-    """
-    data = context.activations
-    if data is None:
-        return [(context, None)]
-    if data.count < _FEWEST_TO_PART:
-        parts = [(data, data)]
-    else:
-        parts = [data.fold(index, _FOLDS) for index in range(_FOLDS if data.count <= _MOST_TO_ROTATE else 1)]
-    probes = [(replace(context, activations=fitting), OutputProbe(graph, judging)) for fitting, judging in parts]
-    return [(fitting, probe if probe.is_possible else None) for fitting, probe in probes]
 
 
 def _code(

@@ -5,25 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onnxshrink.contract import Context
-from onnxshrink.graph.codebook import Codebook, UniformGrid
+from onnxshrink.graph.codebook import Codebook, UniformGrid, spread
 from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.tiling import Tiling, tiling
 from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.code_lengths import entropy_bits
-from onnxshrink.numerics.levels import BookLevels, GridLevels, Levels, by_channel, round_rows
+from onnxshrink.numerics.levels import BookLevels, GridLevels, Levels, RowLevels, placed, round_rows
 from onnxshrink.repair import Repaired, rewrite_in_turn
 
 __all__ = ["Coding", "LevelsOf", "code_in_turn"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-LevelsOf = Callable[[Weight, Array, "Array | None"], tuple[Levels, str]]
-"""f(weight, rows [channels, n], importance of the columns [columns] or None) -> (levels, one line about them)."""
+LevelsOf = Callable[[Weight, Array, "Array | None"], tuple[RowLevels, str]]
+"""f(weight, rows [tiles, n], importance of their columns [n], or [tiles, n], or None) -> (levels of the rows, a line about them)."""
 
 _FEW_ZEROS = 1 / 64  # a weight with fewer was not pruned: what is zero there may become something else
 
@@ -51,45 +52,50 @@ class Coding:
 
     def decoded(self, dtype: np.dtype[Any]) -> Array:
         """Returns the values that the codes stand for, as ONNX Runtime will compute them."""
-        axis, table = self.values.axis, self.values
-        along = tuple(size if index == axis else 1 for index, size in enumerate(self.codes.shape)) if axis is not None else ()
+        table, shape, tile = self.values, self.codes.shape, self.values.tile
         decoded: Array
         if isinstance(table, UniformGrid):
-            zero_point = table.zero_point.astype(np.float32).reshape(along if table.zero_point.size > 1 else ())
-            decoded = (self.codes.astype(np.float32) - zero_point) * table.scale.reshape(along)
+            zero_point = table.zero_point.astype(np.float32)
+            zero_point = spread(zero_point, shape, tile) if zero_point.size > 1 else zero_point.reshape(())
+            decoded = (self.codes.astype(np.float32) - zero_point) * spread(table.scale, shape, tile)
         elif table.values.ndim == 2:
-            decoded = table.values[np.arange(len(table.values)).reshape(along), self.codes]
+            decoded = table.values[spread(np.arange(len(table.values)), shape, tile), self.codes]
         elif table.scale is None:
             decoded = table.values[self.codes]
         else:
-            decoded = table.values.astype(np.float32)[self.codes] * table.scale.reshape(along)
+            decoded = table.values.astype(np.float32)[self.codes] * spread(table.scale, shape, tile)
         return decoded.astype(dtype)
 
 
 def code_in_turn(
-    graph: Graph, weights: Sequence[Weight], levels_of: LevelsOf, context: Context
+    graph: Graph,
+    weights: Sequence[Weight],
+    levels_of: LevelsOf,
+    context: Context,
+    tilings: Mapping[str, Tiling] | None = None,
 ) -> tuple[dict[str, Coding], Repaired]:
     """Returns the coding of each weight by site, and what was done beside.
 
     Args:
         graph: the main graph; not changed.
         weights: of it, finite.
-        levels_of: chooses the values that a weight may take; of one row for all channels or one for each.
+        levels_of: chooses the values that a weight may take; for all tiles alike or for each.
         context: with activations where weights are to be made up for.
+        tilings: the tiles of the weights by site; without it, channels are.
     """
     codings: dict[str, Coding] = {}
 
     def rewrite(weight: Weight, wanted: Array, grams: Array | None) -> Array:
         original = weight.layout.forward(weight.constant.values)
-        channels = weight.channels
-        rows = by_channel(original, channels)
+        tiles = tilings[weight.site] if tilings is not None else tiling(weight)
         importance = None
         if grams is not None:
-            importance = np.tile(np.mean(np.diagonal(grams, axis1=1, axis2=2), axis=0), rows.shape[1] // original.shape[1])
-        levels, detail = levels_of(weight, rows, importance)
-        of_rows = levels.rows(channels if levels.count > 1 else np.zeros_like(channels))
-        rounded = round_rows(wanted, grams, of_rows, _pruned(original, of_rows))
-        codings[weight.site] = _coding(weight, of_rows.codes(rounded), levels, detail, repaired=grams is not None)
+            importance = tiles.cells.gather_columns(np.mean(np.diagonal(grams, axis1=1, axis2=2), axis=0))
+        levels, detail = levels_of(weight, tiles.cells.gather(original), importance)
+        of_matrix = placed(levels, tiles.cells)
+        rounded = round_rows(wanted, grams, of_matrix, _pruned(original, of_matrix))
+        detail = f"{detail}, error feedback" if grams is not None else detail
+        codings[weight.site] = _coding(weight, of_matrix.codes(rounded), levels, tiles, detail)
         return rounded
 
     repaired = rewrite_in_turn(graph, weights, rewrite, context)
@@ -99,22 +105,27 @@ def code_in_turn(
 def _pruned(matrix: Array, levels: Levels) -> Array | None:
     """Returns where the zeros of a pruned weight are, or None if it is not one, or its rows have no level for them."""
     zeros = matrix == 0
-    pruned = np.count_nonzero(zeros) > _FEW_ZEROS * matrix.size and not levels.snap(np.zeros(len(matrix))).any()
-    return zeros if pruned else None
+    return zeros if np.count_nonzero(zeros) > _FEW_ZEROS * matrix.size and levels.has_zero else None
 
 
-def _coding(weight: Weight, matrix_codes: Array, levels: Levels, detail: str, repaired: bool) -> Coding:
-    axis = weight.layout.channel_axis if levels.count > 1 else None
+def _coding(weight: Weight, matrix_codes: Array, levels: RowLevels, tiles: Tiling, detail: str) -> Coding:
+    tile = tiles.tile if levels.count > 1 else None
     values: Codebook | UniformGrid
     if isinstance(levels, GridLevels):
         matrix_codes, grid = _trimmed(matrix_codes, levels)
-        bits, values = grid.bits, UniformGrid(grid.scale, grid.zero_point, axis)
+        bits, zero_point = grid.bits, grid.zero_point if len(grid.zero_point) == 1 else tiles.stored(grid.zero_point)
+        values = UniformGrid(tiles.stored(grid.scale) if tile is not None else grid.scale, zero_point, tile)
+    elif isinstance(levels, BookLevels):
+        bits, scale = _bits(levels.codebook), levels.scale
+        values = Codebook(levels.codebook, tile, scale if scale is None or tile is None else tiles.stored(scale))
     else:
-        book = levels.codebook if isinstance(levels, BookLevels) else levels.codebooks
-        bits = max(1, (book.shape[-1] - 1).bit_length())
-        values = Codebook(book, axis, levels.scale if isinstance(levels, BookLevels) else None)
+        bits, values = _bits(levels.codebooks), Codebook(tiles.stored(levels.codebooks), tile)
     codes = np.ascontiguousarray(weight.layout.inverse(matrix_codes)).reshape(weight.constant.shape)
-    return Coding(codes, bits, values, f"{detail}, error feedback" if repaired else detail)
+    return Coding(codes, bits, values, detail)
+
+
+def _bits(codebooks: Array) -> int:
+    return max(1, int(codebooks.shape[-1] - 1).bit_length())
 
 
 def _trimmed(codes: Array, levels: GridLevels) -> tuple[Array, Any]:

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from onnxshrink.options import convert_options, did_you_mean, parse_options
 from onnxshrink.registry import pass_class
 from onnxshrink.validate import Tolerance
 
-__all__ = ["FORMAT", "Recipe", "default_recipe", "parse_pass", "parse_recipe", "read_recipe"]
+__all__ = ["FORMAT", "Recipe", "default_recipe", "finished", "parse_pass", "parse_recipe", "read_recipe"]
 
 FORMAT = 1
 _DEFAULT_SQNR_DB = 30.0
@@ -61,6 +61,17 @@ def default_recipe(limits: Tolerance | None = None, calibrated: bool = False) ->
     options = {"sqnr": min(max(aim, 0.0), _MOST_SQNR_DB)} if calibrated else {}
     passes = (pass_class("tidy")(), pass_class("share-weights")(**options), pass_class("huffman")())
     return Recipe(tuple(Step(item) for item in passes), limits)
+
+
+def finished(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Returns the steps, and after them the passes that they want to end with, each once, those that are among them already left out.
+
+    Raises:
+        RegistryError: a pass wants to end with one that does not exist.
+    """
+    present = {step.run.name for step in steps}
+    wanted = dict.fromkeys(name for step in steps for name in step.run.finish_with if name not in present)
+    return (*steps, *(Step(pass_class(name)()) for name in wanted))
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

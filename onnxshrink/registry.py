@@ -16,6 +16,7 @@ __all__ = ["ENTRY_POINT_GROUP", "PassInfo", "describe_passes", "pass_class", "pa
 ENTRY_POINT_GROUP = "onnxshrink.passes"
 _BUILT_IN = {
     "huffman": "onnxshrink.passes.huffman:Huffman",
+    "pack-sparse": "onnxshrink.passes.pack_sparse:PackSparse",
     "share-weights": "onnxshrink.passes.share_weights:ShareWeights",
     "shorten-names": "onnxshrink.passes.shorten_names:ShortenNames",
     "sparsify": "onnxshrink.passes.sparsify:Sparsify",

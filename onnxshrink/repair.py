@@ -30,7 +30,7 @@ from onnxshrink.graph.weights import weights as weights_of
 from onnxshrink.numerics.feedback import retarget
 from onnxshrink.numerics.gram import PairedGram
 
-__all__ = ["Repaired", "Rewrite", "rewrite_in_turn"]
+__all__ = ["Repaired", "Rewrite", "rewrite_in_turn", "with_grams"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Rewrite = Callable[[Weight, Array, "Array | None"], Array]
@@ -86,6 +86,17 @@ def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, c
             repaired.sites.add(twin.site)
             _centre(by_site[twin.site], twin, matrix, moments, repaired)
     return repaired
+
+
+def with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Iterator[tuple[Weight, Array | None]]:
+    """Yields each weight with the Gram matrices of its inputs, float64 [groups, columns, columns]; None where they are not known."""
+    if context.activations is None:
+        yield from ((weight, None) for weight in weights)
+        return
+    known = {id(weight) for weight, ways in lowerings(graph, weights) if not isinstance(ways, str)}
+    yield from ((weight, None) for weight in weights if id(weight) not in known)
+    wanted = [weight for weight in weights if id(weight) in known]
+    yield from ((weight, moments.shrunk) for weight, moments in context.activations.grams(graph, wanted))
 
 
 def _drop(_: Array) -> None:

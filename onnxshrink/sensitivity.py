@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from onnxshrink.contract import Activations
+from onnxshrink.contract import Activations, Context
 from onnxshrink.graph.edit import set_values
 from onnxshrink.graph.ir import Graph, Tensor
 from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import weights
 
-__all__ = ["OutputProbe"]
+__all__ = ["OutputProbe", "folds"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _SAMPLES = 32  # tell layers apart well enough; all of them would make probing the longest part of the work
+_FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
 _ELEMENTS = 1 << 24  # of reference outputs that are held, 64 MiB as float32
 
 
@@ -90,3 +92,19 @@ class OutputProbe:
 def _is_tensor(output: Tensor) -> bool:
     """Whether a graph output is described as a tensor, not as a sequence, a map or an optional."""
     return output.info is None or output.info.type.WhichOneof("value") in (None, "tensor_type")
+
+
+def folds(graph: Graph, context: Context) -> list[tuple[Context, OutputProbe | None]]:
+    """Returns contexts with two thirds of the calibration data, each with a probe on the rest: what was fitted must not judge.
+
+    A few inputs tell little of what a weight is worth, so with few every third is held back once; one of many is enough.
+    """
+    data = context.activations
+    if data is None:
+        return [(context, None)]
+    if data.count < _FEWEST_TO_PART:
+        parts = [(data, data)]
+    else:
+        parts = [data.fold(index, _FOLDS) for index in range(_FOLDS if data.count <= _MOST_TO_ROTATE else 1)]
+    probes = [(replace(context, activations=fitting), OutputProbe(graph, judging)) for fitting, judging in parts]
+    return [(fitting, probe if probe.is_possible else None) for fitting, probe in probes]

@@ -8,6 +8,9 @@ A weight with at most 2^bits distinct values is stored exactly. Otherwise its va
     16 bits    no sharing: w rounded to float16, |w - w'| ≤ max(2^-11 |w|, 2^-25), for weights that cannot bear less
     auto       kmeans with scales, and uniform per channel where the codebook would weigh over an eighth of the codes
 
+Scales, grids and codebooks belong to tiles (`onnxshrink.graph.tiling`): one output channel, or ``channels-per-scale`` of them, times
+all inputs, or ``block`` of them. Blocks have scales of float16, and grids of one zero point, chosen for least squared error.
+
 With ``bits-per-weight`` or ``sqnr`` the weights share one budget instead: uniform grids, with steps that follow from what each weight
 does to the outputs (`onnxshrink.allocation`). Codes then vary in frequency, which pays together with `huffman`.
 
@@ -32,24 +35,27 @@ from onnxshrink.budget import code_for_rate, code_for_sqnr
 from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
-from onnxshrink.graph.codebook import (
-    MAX_FOLDED_BYTES,
-    Codebook,
-    coded_weight,
-    first_opset,
-    half_weight,
-)
+from onnxshrink.graph.codebook import MAX_FOLDED_BYTES, Codebook, first_opset
 from onnxshrink.graph.coded import coded_weights
-from onnxshrink.graph.coded_table import TableFragment, coded_table, lookups
-from onnxshrink.graph.edit import Fragment, NameSource, constant_bytes, replace_constant, set_values
+from onnxshrink.graph.edit import NameSource, set_values
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.storage import is_float
+from onnxshrink.graph.tiling import Tiling, tiling
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.distribution import codes_of, distinct_values
 from onnxshrink.numerics.grids import fit_grid
-from onnxshrink.numerics.levels import GridLevels, Levels, cluster_levels, relative_scales, step_levels
+from onnxshrink.numerics.level_choice import (
+    cell_clusters,
+    cell_grids,
+    cluster_levels,
+    halves,
+    relative_scales,
+    step_levels,
+)
+from onnxshrink.numerics.levels import GridLevels, RowLevels
 from onnxshrink.options import option
 from onnxshrink.repair import Repaired
+from onnxshrink.stored import Half, halved, stored
 
 __all__ = ["ShareWeights"]
 
@@ -58,13 +64,6 @@ _MOST_BITS, _HALF_BITS = 8, 16
 _LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
 _WEAKER_SQNR_DB, _WEAKER_RATE = 1.5, 1.1
 _HIGHEST_SQNR_DB = 70.0  # codes of a byte reach no further
-
-
-@dataclass(frozen=True)
-class _Half:
-    """What a weight becomes when it is rounded to float16."""
-
-    detail: str = "float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +88,26 @@ class ShareWeights(Pass):
     rate_weight: float = option(
         0.0, "squared steps of error that a bit of entropy is worth, for grids with steps", low=0.0, high=4.0, per_site=False
     )
+    block: int | None = option(
+        None, "inputs in a row that share a scale in each channel: a block of the axis that is summed over", low=4, high=65536
+    )
+    channels_per_scale: int = option(1, "neighbouring output channels that share scales or values", low=1, high=65536)
     repair: bool = option(True, "whether calibration data, if any, is used to make up for errors", per_site=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if _MOST_BITS < self.bits < _HALF_BITS:
             raise OptionError(must(self.name, "bits", "1 to 8, or 16 for float16", self.bits))
-        given = [name for name in ("bits_per_weight", "sqnr", "step") if getattr(self, name) is not None]
+        given = [_kebab(name) for name in ("bits_per_weight", "sqnr", "step") if getattr(self, name) is not None]
         if len(given) > 1:
-            names = " and ".join(name.replace("_", "-") for name in given[:2])
-            raise OptionError(f"{self.name}: {names} both set the steps; give one of them")
+            raise OptionError(f"{self.name}: {' and '.join(given[:2])} both set the steps; give one of them")
+        tiled = [_kebab(name) for name in ("block", "channels_per_scale") if getattr(self, name) not in (None, 1)]
+        if tiled and self.has_budget:
+            raise OptionError(f"{self.name}: {given[0]} gives every channel a step of its own; leave out {' and '.join(tiled)}")
+        if tiled and self.per == "tensor":
+            raise OptionError(f"{self.name}: per=tensor has no scales to share; leave out per=tensor or {' and '.join(tiled)}")
+        if self.block is not None and self.per == "channel":
+            raise OptionError(f"{self.name}: a set of values for every block would outweigh its codes; block wants per=scale")
 
     @property
     def has_budget(self) -> bool:
@@ -135,7 +144,7 @@ class ShareWeights(Pass):
         names = NameSource(graph)
         layers = {id(bias): site for site, (bias, _) in repaired.biases.items()}
         answers = [
-            _store(weight, answer or codings.get(weight.site) or _halve(weight, weight.constant.values), names)
+            stored(weight, answer or codings.get(weight.site) or halved(weight, weight.constant.values), names)
             for weight, answer in zip(found, settled, strict=True)
             if id(weight.constant) not in layers
         ]
@@ -146,7 +155,7 @@ class ShareWeights(Pass):
         for weight in found:
             form = _settled(weight, options[weight.site]) if id(weight.constant) in layers else None
             if form is not None:
-                answer = _store(weight, form, names)
+                answer = stored(weight, form, names)
                 if isinstance(answer, Change) or layers[id(weight.constant)] not in changed:
                     answers.append(answer)  # a bias that moved and stays dense is part of its layer, no site left as it was
         changes = [answer for answer in answers if isinstance(answer, Change)]
@@ -159,10 +168,16 @@ class ShareWeights(Pass):
         context = context if self.repair else replace(context, activations=None)
         if not lossy or not self.has_budget:
 
-            def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[Levels, str]:
-                return _levels(rows, importance, options[weight.site])
+            def tiles_of(weight: Weight) -> Tiling:
+                chosen: ShareWeights = options[weight.site]
+                return tiling(weight, chosen.channels_per_scale, chosen.block)
 
-            return *code_in_turn(graph, lossy, levels_of, context), []
+            tilings = {weight.site: tiles for weight, tiles in zip(lossy, context.map(tiles_of, lossy), strict=True)}
+
+            def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
+                return _levels(rows, importance, options[weight.site], tilings[weight.site])
+
+            return *code_in_turn(graph, lossy, levels_of, context, tilings), []
         if self.sqnr is not None:
             codings, repaired, notes = code_for_sqnr(graph, lossy, self.sqnr, context, self.rate_weight)
         else:
@@ -173,7 +188,7 @@ class ShareWeights(Pass):
         return codings, repaired, notes
 
 
-def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | _Half | Skip | None:
+def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | Half | Skip | None:
     """Returns what becomes of a weight that need not be approximated, or why it stays dense; None if it is up to grouping."""
     constant = weight.constant
     if chosen is None:
@@ -199,58 +214,33 @@ def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | _Half | Sk
         return Skip(weight.site, "holds NaN or infinity")
     if values.dtype == np.float64 and np.abs(values).max() > np.finfo(np.float32).max:
         return Skip(weight.site, "holds values beyond the range of float32")
-    return _halve(weight, values) if chosen.bits == _HALF_BITS else None
+    return halved(weight, values) if chosen.bits == _HALF_BITS else None
 
 
-def _halve(weight: Weight, values: Array) -> _Half | Skip:
-    """Returns the float16 form of a weight of 4 or 8 bytes an element that fits its range."""
-    if values.dtype.itemsize <= 2:
-        return Skip(weight.site, f"is {values.dtype} already")
-    if max(-values.min(), values.max()) > np.finfo(np.float16).max:
-        return Skip(weight.site, "has values beyond the range of float16")
-    return _Half()
-
-
-def _levels(rows: Array, importance: Array | None, chosen: ShareWeights) -> tuple[Levels, str]:
-    """Returns the values that the options give channels, or all of them where there are none, and one line about them."""
+def _levels(rows: Array, importance: Array | None, chosen: ShareWeights, tiles: Tiling) -> tuple[RowLevels, str]:
+    """Returns the values that the options give tiles, or all of them where there are none, and one line about them."""
+    where = f", {tiles.text}" if tiles.text else ""
     if chosen.per == "tensor":
         importance = None if importance is None else np.tile(importance, len(rows))
-        rows = rows.reshape(1, -1)
-    where = "" if len(rows) == 1 else f", {len(rows)} channels"
+        rows, where = rows.reshape(1, -1), ""
+    in_blocks = tiles.cells.blocks > 1  # with many scales, two bytes less for each count
     if chosen.step is not None:
         rms = np.float32(np.sqrt(np.mean(np.square(rows, dtype=np.float64))) or 1.0)
         steps = chosen.step * rms * relative_scales(rows, {"tensor": 0.0, "scale": 0.5, "channel": 1.0}[chosen.per])
+        steps = halves(steps) if in_blocks else steps
         return step_levels(rows, steps, chosen.rate_weight), f"uniform grid, steps of {chosen.step:g} rms{where}"
     codebook_pays = rows.size * chosen.bits >= _LEAST_CODES_PER_CODEBOOK * 2**chosen.bits * 16
     if chosen.method == "uniform" or (chosen.method == "auto" and not codebook_pays):
-        return GridLevels(fit_grid(rows, chosen.bits)), f"uniform grid of {chosen.bits} bits{where}"
+        grids = cell_grids(rows, chosen.bits, importance) if in_blocks else GridLevels(fit_grid(rows, chosen.bits))
+        return grids, f"uniform grid of {chosen.bits} bits{where}"
+    detail = f"k-means to {2**chosen.bits} values{where}"
+    if in_blocks:
+        return cell_clusters(rows, 2**chosen.bits, importance), f"{detail}, scaled"
     scaled = len(rows) > 1 and chosen.per == "scale"
     each = len(rows) > 1 and chosen.per == "channel"
     levels = cluster_levels(rows, 2**chosen.bits, each=each, scaled=scaled, importance=importance)
-    return levels, f"k-means to {2**chosen.bits} values{where}{', scaled' if scaled else ''}"
+    return levels, f"{detail}{', scaled' if scaled else ''}"
 
 
-def _store(weight: Weight, coding: Coding | _Half | Skip, names: NameSource) -> Change | Skip:
-    """Replaces a weight by its coded form if that takes fewer bytes."""
-    if isinstance(coding, Skip):
-        return coding
-    constant, scope = weight.constant, weight.scope.graph
-    before = constant_bytes(constant, scope)
-    overridable = constant in scope.overridable
-    readers = lookups(constant, scope) if isinstance(coding, Coding) else []
-    fragment: Fragment | TableFragment
-    if isinstance(coding, _Half):
-        fragment = half_weight(constant, scope, names)
-    elif readers:
-        fragment = coded_table(constant, readers, coding.codes, coding.bits, coding.values, scope, names)
-    else:
-        fragment = coded_weight(constant, coding.codes, coding.bits, coding.values, scope, names)
-    after = fragment.nbytes(scope)
-    if after >= before:
-        return Skip(weight.site, f"too small to gain: {after} bytes as codes ({coding.detail}), {before} bytes as it is")
-    if isinstance(fragment, TableFragment):
-        fragment.insert(scope, constant)
-    else:
-        replace_constant(scope, constant, fragment)
-    note = "; no longer a graph input that callers can override" if overridable else ""
-    return Change(weight.site, before, after, coding.detail + (", coded at run time" if readers else "") + note)
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")

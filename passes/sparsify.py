@@ -1,16 +1,20 @@
-"""Sets the least important weights to zero by magnitude.
+"""Sets the least important weights to zero, and makes up for them from calibration data.
 
-With W seen as a matrix [rows = output channels, columns = what is summed over] and a mask M of the same shape,
+With W seen as a matrix [rows = output channels, columns = what is summed over], X what it is multiplied with and a mask M,
 
-    W' = M ∘ W,    ‖W - W'‖² = sum of the squares that were removed
+    W' = argmin ‖(W - W') Xᵀ‖²    subject to    W' = M ∘ W'
 
-which magnitude masks minimise for their pattern (Han et al., arXiv 1506.02626):
+which least squares solve row by row once M is chosen (optimal brain surgeon, Hassibi & Stork 1993); M is searched for by alternating
+directions (ALPS, arXiv 2406.07831), or follows from a criterion. The error is never larger than that of zeroing the smallest weights.
+Without calibration data these go and the rest stays, ‖W - W'‖² being the sum of the squares that were removed.
 
-    unstructured    the smallest |w| of the layer, or of all layers together (scope=global)
-    N:M             N non-zeros in each M consecutive weights of the reduction axis (2:4 is what NVIDIA's sparse tensor cores take)
-    RxC             blocks of R rows and C columns, by root mean square
+    unstructured    single weights
+    N:M             N non-zeros in each M consecutive input channels (2:4 is what NVIDIA's sparse tensor cores take)
+    RxC             blocks of R rows and C columns
+    rows, columns   whole ones
 
-Zeros do not make the file smaller by themselves: the bytes stay as they are until the weights are coded.
+How many weights each layer loses is up to the scope: `onnxshrink.sparsity`. Zeros make the file smaller once weights are coded
+(`share-weights`, `huffman`), or packed, which `pack-sparse` does at the end where nothing else did.
 """
 
 from __future__ import annotations
@@ -27,32 +31,68 @@ from onnxshrink.graph.coded import coded_weights
 from onnxshrink.graph.edit import constant_bytes, set_values
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight, weights
-from onnxshrink.numerics.masks import Pattern, expand_units, keep_largest, n_m_mask, scores, split_global
+from onnxshrink.numerics.densities import cubic_schedule
+from onnxshrink.numerics.patterns import Pattern
 from onnxshrink.options import option
+from onnxshrink.repair import Repaired
+from onnxshrink.sparsity import Target, removed_shares, sparsify_alone, sparsify_in_turn
 
 __all__ = ["Sparsify"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _DEFAULT_SPARSITY = 0.5
 _LEAST_SPARSITY = 0.05  # below it, a weaker retry saves nothing worth having
+_WEAKER = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsify(Pass):
-    """Zeroes the smallest weights: unstructured, N:M along the reduction axis, or in blocks."""
+    """Zeroes the least important weights and makes up for them: unstructured, N:M along the input channels, in blocks, rows or columns."""
 
     name: ClassVar[str] = "sparsify"
     sparsity: float | None = option(None, "share of weights set to zero; N:M patterns imply it, others use 0.5", low=0.0, high=1.0)
-    pattern: str = option("unstructured", "unstructured, N:M (N kept of M) or ROWSxCOLUMNS blocks, e.g. 2:4, 1x4")
-    scope: str = option("layer", "compare magnitudes within a layer or over all", choices=("layer", "global"), per_site=False)
+    threshold: float | None = option(None, "zero every |w| up to this instead of a share", low=0.0)
+    pattern: str = option("unstructured", "unstructured, N:M (N kept of M), ROWSxCOLUMNS blocks, rows or columns, e.g. 2:4, 1x4")
+    scope: str = option(
+        "auto",
+        "how many zeros each layer gets: the same share; by one line of all weights; by shape; by what zeros do to the outputs. "
+        "auto is sensitivity with calibration data and global without; layer for N:M",
+        choices=("auto", "layer", "global", "erk", "sensitivity"),
+        per_site=False,
+    )
+    criterion: str = option(
+        "auto",
+        "what goes first; auto searches for the zeros that can be made up for best",
+        choices=("auto", "magnitude", "wanda", "obs", "lamp", "random"),
+    )
+    least: float = option(0.0, "least share of zeros in a layer, where layers compete", low=0.0, high=1.0)
+    most: float = option(1.0, "greatest share of zeros in a layer, where layers compete", low=0.0, high=1.0)
+    schedule: str = option(
+        "one-shot",
+        "in one step; in equal steps; or in ever smaller ones (the cubic schedule), with activations measured anew after each",
+        choices=("one-shot", "iterative", "gradual"),
+        per_site=False,
+    )
+    steps: int = option(4, "steps of a schedule", low=2, high=100, per_site=False)
+    initial_sparsity: float = option(0.0, "sparsity that a schedule starts from", low=0.0, high=1.0, per_site=False)
+    repair: bool = option(True, "whether calibration data, if any, is used to make up for zeros", per_site=False)
+    pack: bool = option(True, "end with pack-sparse, which stores what is left in fewer bytes", per_site=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         pattern = Pattern.parse(self.pattern)
         if pattern.kind == "n:m" and self.sparsity not in (None, self.share):
             raise OptionError(must(self.name, "sparsity", f"{self.share:g} or left out for {pattern}", self.sparsity))
-        if pattern.kind == "n:m" and self.scope == "global":
-            raise OptionError(must(self.name, "scope", f"layer for {pattern}, which fixes every group", "'global'"))
+        if pattern.kind == "n:m" and self.scope not in ("auto", "layer"):
+            raise OptionError(must(self.name, "scope", f"layer for {pattern}, which fixes every group", repr(self.scope)))
+        if pattern.kind == "n:m" and self.schedule != "one-shot":
+            raise OptionError(must(self.name, "schedule", f"one-shot for {pattern}, which fixes every group", repr(self.schedule)))
+        if self.threshold is not None and (self.sparsity is not None or pattern.kind != "unstructured"):
+            raise OptionError(f"{self.name}: a threshold sets the share of zeros by itself; leave sparsity and pattern out")
+        if self.least > self.most:
+            raise OptionError(must(self.name, "least", f"at most most, {self.most:g}", self.least))
+        if self.initial_sparsity > self.share:
+            raise OptionError(must(self.name, "initial-sparsity", f"at most the sparsity, {self.share:g}", self.initial_sparsity))
 
     @property
     def share(self) -> float:
@@ -63,9 +103,14 @@ class Sparsify(Pass):
         return _DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     @property
+    def finish_with(self) -> Sequence[str]:
+        """The pass that makes the file smaller where the weights do not become codes."""
+        return ("pack-sparse",) if self.pack else ()
+
+    @property
     def sites_are_independent(self) -> bool:
         """Whether layers do not compete with each other."""
-        return self.scope == "layer"
+        return self.scope == "layer" or self.threshold is not None or Pattern.parse(self.pattern).kind == "n:m"
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """Returns the pass with some options changed; an N:M pattern has its own sparsity, not the one it replaces."""
@@ -74,10 +119,13 @@ class Sparsify(Pass):
         return replace(self, **{**own, **options})
 
     def weaker(self) -> Self | None:
-        """Returns the pass with 3/4 of the sparsity; N:M patterns have no gentler form."""
-        share = self.share * 0.75
-        fixed = Pattern.parse(self.pattern).kind == "n:m"
-        return None if fixed or share < _LEAST_SPARSITY else replace(self, sparsity=share)
+        """Returns the pass with 3/4 of the sparsity or of the threshold; N:M patterns have no gentler form."""
+        if self.threshold is not None:
+            return replace(self, threshold=self.threshold * _WEAKER) if self.threshold else None
+        share = self.share * _WEAKER
+        if Pattern.parse(self.pattern).kind == "n:m" or share < _LEAST_SPARSITY:
+            return None
+        return replace(self, sparsity=share, initial_sparsity=min(self.initial_sparsity, share), least=min(self.least, share))
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
@@ -90,20 +138,61 @@ class Sparsify(Pass):
                 skips.append(Skip(weight.site, reason or ""))
             else:
                 sites.append((weight, chosen))
-        together = [weight for weight, chosen in sites if self.scope == "global" and chosen == self]
-        masks = dict(zip(map(id, together), self._global_masks(together), strict=True))
-        answers = context.map(lambda site: _sparsify(*site, masks.get(id(site[0]))), sites)
-        return Report(
-            changes=[answer for answer in answers if isinstance(answer, Change)],
-            skips=[*skips, *(answer for answer in answers if isinstance(answer, Skip))],
-        )
+        values, repaired = self._sparse(graph, sites, context)
+        answers = [_settle(weight, chosen, values[weight.site], weight.site in repaired.sites) for weight, chosen in sites]
+        changes = [answer for answer in answers if isinstance(answer, Change)]
+        for bias, shifted in (repaired.biases[change.site] for change in changes if change.site in repaired.biases):
+            set_values(bias, shifted)
+        biases = {id(bias) for bias, _ in repaired.biases.values()}
+        moved = {weight.site for weight in weights(graph) if id(weight.constant) in biases}
+        left = [skip for skip in [*skips, *(item for item in answers if isinstance(item, Skip))] if skip.site not in moved]
+        return Report(changes, left, _notes(sites, {change.site for change in changes}))
 
-    def _global_masks(self, together: Sequence[Weight]) -> list[Array]:
-        """Returns the masks of layers whose units compete with each other."""
-        pattern = Pattern.parse(self.pattern)
-        matrices = [_matrix(weight, pattern) for weight in together]
-        kept = split_global([scores(matrix, pattern) for matrix in matrices], self.share)
-        return [expand_units(keep, pattern, matrix.shape) for keep, matrix in zip(kept, matrices, strict=True)]
+    def _sparse(
+        self, graph: Graph, sites: Sequence[tuple[Weight, Sparsify]], context: Context
+    ) -> tuple[dict[str, Array], Repaired]:
+        """Returns the new values of weights by site, and what was done beside."""
+        targets = [chosen.target(weight) for weight, chosen in sites]
+        final = self._shares(graph, targets, [chosen for _, chosen in sites], context)
+        if not self.repair:
+            return sparsify_alone(graph, targets, final, context), Repaired()
+        parts = [done / self.share if self.share else 1.0 for done in self._totals(context)]
+        return sparsify_in_turn(graph, targets, [[part * share for share in final] for part in parts], context)
+
+    def _totals(self, context: Context) -> Sequence[float]:
+        """Returns the sparsity of the whole after each step; without calibration data nothing is measured, and one step does."""
+        if self.schedule == "one-shot" or context.activations is None:
+            return [self.share]
+        if self.schedule == "gradual":
+            return list(cubic_schedule(self.initial_sparsity, self.share, self.steps))
+        return list(np.linspace(self.initial_sparsity, self.share, self.steps + 1)[1:])
+
+    def _shares(
+        self, graph: Graph, targets: Sequence[Target], options: Sequence[Sparsify], context: Context
+    ) -> list[float]:
+        """Returns the share of zeros of each weight; those that rules give another one, or a threshold, do not compete."""
+        shares = {target.weight.site: chosen.share for target, chosen in zip(targets, options, strict=True)}
+        scope = self.scope
+        if scope == "auto":
+            scope = "sensitivity" if self.repair and context.activations is not None else "global"
+        if self.sites_are_independent or scope == "layer":
+            return list(shares.values())
+        competing = [
+            target
+            for target, chosen in zip(targets, options, strict=True)
+            if (chosen.sparsity, chosen.threshold, chosen.pattern) == (self.sparsity, self.threshold, self.pattern)
+        ]
+        try:
+            found = removed_shares(graph, competing, scope, self.share, context)  # type: ignore[arg-type]  # one of its scopes
+        except ValueError as error:
+            raise OptionError(f"{self.name}: {error}") from None
+        shares |= {target.weight.site: share for target, share in zip(competing, found, strict=True)}
+        return list(shares.values())
+
+    def target(self, weight: Weight) -> Target:
+        """Returns what these options make of a weight."""
+        criterion: Any = None if self.criterion == "auto" else self.criterion
+        return Target(weight, Pattern.parse(self.pattern), criterion, self.threshold, self.least, self.most)
 
 
 def _obstacle(weight: Weight, pattern: Pattern) -> str | None:
@@ -118,27 +207,29 @@ def _obstacle(weight: Weight, pattern: Pattern) -> str | None:
     return None
 
 
-def _matrix(weight: Weight, pattern: Pattern) -> Array:
-    values = weight.constant.values
-    return values.reshape(1, -1) if weight.view is None or pattern.kind == "unstructured" else weight.view.forward(values)
+def _settle(weight: Weight, chosen: Sparsify, values: Array, repaired: bool) -> Change | Skip:
+    """Gives a weight its new values, if there are new zeros among them."""
+    constant = weight.constant
+    before, after = (1 - np.count_nonzero(array) / array.size for array in (constant.values, values))
+    if after == before:
+        return Skip(weight.site, f"{after:.1%} zeros already, in this pattern")
+    nbytes = constant_bytes(constant, weight.scope.graph)
+    set_values(constant, values)
+    detail = f"{after:.1%} zeros (was {before:.1%}), {chosen.pattern}{', made up for' if repaired else ''}"
+    return Change(weight.site, nbytes, constant_bytes(constant, weight.scope.graph), detail)
 
 
-def _sparsify(weight: Weight, chosen: Sparsify, mask: Array | None) -> Change | Skip:
-    pattern = Pattern.parse(chosen.pattern)
-    matrix = _matrix(weight, pattern)
-    if mask is None:
-        mask = (
-            n_m_mask(matrix, pattern.n, pattern.m)
-            if pattern.kind == "n:m"
-            else expand_units(keep_largest(scores(matrix, pattern), chosen.share), pattern, matrix.shape)
+def _notes(sites: Sequence[tuple[Weight, Sparsify]], changed: set[str]) -> list[str]:
+    """Returns how many zeros there are, and who takes them."""
+    if not changed:
+        return []
+    total = sum(weight.constant.size for weight, _ in sites)
+    zeros = sum(weight.constant.size - np.count_nonzero(weight.constant.values) for weight, _ in sites)
+    notes = [f"{zeros / total:.1%} of {total} weights are zero"]
+    hardware = [chosen.target(weight).fits_hardware for weight, chosen in sites if chosen.pattern == "2:4"]
+    if hardware:
+        notes.append(
+            f"2:4 along the input channels, as TensorRT and cuSPARSELt take it, in {sum(hardware)} of {len(hardware)} weights"
+            + ("; the others have a number of input channels that is no multiple of 4" if not all(hardware) else "")
         )
-    zeros_before = 1 - np.count_nonzero(matrix) / matrix.size
-    sparse = np.where(mask, matrix, matrix.dtype.type(0))
-    zeros = 1 - np.count_nonzero(sparse) / sparse.size
-    if zeros == zeros_before:
-        return Skip(weight.site, f"{zeros:.1%} zeros already, in this pattern")
-    nbytes = constant_bytes(weight.constant, weight.scope.graph)
-    view = None if pattern.kind == "unstructured" else weight.view
-    set_values(weight.constant, sparse.reshape(weight.constant.shape) if view is None else view.inverse(sparse))
-    after = constant_bytes(weight.constant, weight.scope.graph)
-    return Change(weight.site, nbytes, after, f"{zeros:.1%} zeros (was {zeros_before:.1%}), {pattern}")
+    return notes

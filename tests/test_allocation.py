@@ -20,7 +20,7 @@ from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.weights import weights
 from onnxshrink.inputs import Feeds, Samples
-from onnxshrink.numerics.levels import MOST_STEPS, relative_scales
+from onnxshrink.numerics.level_choice import MOST_STEPS, relative_scales
 from onnxshrink.numerics.rates import rounded_entropy
 from onnxshrink.sensitivity import OutputProbe
 from tests import oracle
@@ -189,3 +189,20 @@ def test_progress_is_told_of_every_weight() -> None:
     told = []
     planned(layers({"a": 1.0, "b": 1.0}), samples(), progress=lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("normalised", "exponent"), [(True, 1.0), (False, 0.5)])
+def test_steps_go_with_the_power_of_the_rms_that_takes_fewer_bits(normalised: bool, exponent: float) -> None:
+    """Behind a normalisation all channels matter alike, relative to their size; without one all errors do."""
+    rms = np.geomspace(0.01, 10, WIDTH).astype(np.float32)
+    weight = normal(WIDTH, WIDTH) * rms
+    gain = 1 / rms if normalised else np.ones_like(rms)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "gain"], ["y"])]
+    model = oracle.make_model(
+        nodes,
+        [oracle.tensor("x", ["n", WIDTH])],
+        [oracle.tensor("y", ["n", WIDTH])],
+        [oracle.value("w", weight), oracle.value("gain", gain.astype(np.float32))],
+    )
+    plans = planned(model, samples())
+    np.testing.assert_array_equal(plans["w"].scales, relative_scales(weight.T, exponent))

@@ -15,15 +15,17 @@ from onnx import TensorProto, helper
 from onnxshrink.calibrate import Calibration
 from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
-from onnxshrink.graph.codebook import Codebook, UniformGrid, coded_weight
+from onnxshrink.graph.codebook import Codebook, UniformGrid, channel_tile, coded_weight
 from onnxshrink.graph.edit import NameSource, replace_constant
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
+from onnxshrink.graph.tiling import tiling
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.inputs import Feeds, Samples
 from onnxshrink.numerics.feedback import feedback, round_with_feedback
 from onnxshrink.numerics.grids import fit_grid
-from onnxshrink.numerics.levels import GridLevels, Levels, cluster_levels, step_levels
+from onnxshrink.numerics.level_choice import cell_clusters, cell_grids, cluster_levels, step_levels
+from onnxshrink.numerics.levels import GridLevels, RowLevels
 from tests import oracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -65,13 +67,17 @@ def decoded(model: onnx.ModelProto, coding: Coding) -> Array:
     return got
 
 
-def levels_of(kind: str, rows: Array) -> Levels:
+def levels_of(kind: str, rows: Array) -> RowLevels:
     each = rows.reshape(1, -1) if kind.endswith("tensor") else rows
     if kind.startswith("k-means"):
         return cluster_levels(each, 16, each=kind == "k-means, channel", scaled=kind == "k-means, scale")
     if kind == "steps":
         return step_levels(each, np.geomspace(0.02, 0.1, len(each)).astype(np.float32))
     return GridLevels(fit_grid(each, 3 if kind == "grid, channel" else 5))
+
+
+def levels_of_cells(kind: str, cells: Array) -> RowLevels:
+    return cell_clusters(cells, 16) if kind == "k-means" else cell_grids(cells, 5)
 
 
 KINDS = ("k-means, tensor", "k-means, channel", "k-means, scale", "grid, channel", "grid, tensor", "steps")
@@ -112,16 +118,16 @@ def test_channels_lie_on_any_axis(kind: str, axis: int) -> None:
     values: Codebook | UniformGrid
     if kind == "k-means, channel":
         book = np.sort(normal(channels, 8))
-        values, expected = Codebook(book, axis), np.empty(shape, np.float32)
+        values, expected = Codebook(book, channel_tile(codes.shape, axis)), np.empty(shape, np.float32)
         for channel in range(channels):
             place = tuple(channel if at == axis else slice(None) for at in range(4))
             expected[place] = book[channel][codes[place]]
     elif kind == "k-means, scale":
         book = np.sort(normal(8)).astype(np.float16)
-        values, expected = Codebook(book, axis, scale), book.astype(np.float32)[codes] * scale.reshape(along)
+        values, expected = Codebook(book, channel_tile(codes.shape, axis), scale), book.astype(np.float32)[codes] * scale.reshape(along)
     else:
         zero_point = np.array([3.0]) if kind == "steps" else rng.integers(0, 8, channels).astype(np.float32)
-        values = UniformGrid(scale, zero_point, axis)
+        values = UniformGrid(scale, zero_point, channel_tile(codes.shape, axis))
         expected = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(
             along if zero_point.size > 1 else ()
         )
@@ -179,7 +185,7 @@ def test_importance_is_that_of_the_columns_and_none_without_inputs() -> None:
     model, asked = dense(normal(60, 20)), []
     data = calibration(5, 40, 60)
 
-    def levels(weight: Weight, rows: Array, importance: Array | None) -> tuple[Levels, str]:
+    def levels(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
         asked.append((rows, importance))
         return levels_of("grid, channel", rows), ""
 
@@ -195,6 +201,68 @@ def test_importance_is_that_of_the_columns_and_none_without_inputs() -> None:
         asked[1][1] - squares, np.mean(asked[1][1] - squares), rtol=1e-4
     )  # the diagonal is raised
     assert asked[1][1].shape == (60,)
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["alone", "calibrated"])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize(("channels", "block"), [(1, 16), (3, None), (3, 25)])
+@pytest.mark.parametrize("kind", ["k-means", "grid"])
+def test_codes_of_tiles_are_what_onnx_runtime_computes(
+    kind: str, channels: int, block: int | None, dtype: Any, calibrated: bool
+) -> None:
+    weight = (normal(60, 20) * np.geomspace(0.1, 3, 20)).astype(dtype)
+    model = dense(weight)
+    graph = load(model)
+    found = [one for one in weights(graph) if one.site == "w"]
+    context = Context(activations=calibration(5, 40, 60) if calibrated else None)
+    tilings = {"w": tiling(found[0], channels, block)}
+    codings, _ = code_in_turn(graph, found, lambda _, cells, __: (levels_of_cells(kind, cells), kind), context, tilings)
+    coding = codings["w"]
+    assert coding.values.tile == (block or 60, channels)
+    values = coding.decoded(weight.dtype)
+    assert decoded(model, coding).tobytes() == values.tobytes()
+    error = values.astype(np.float64) - weight.astype(np.float64)
+    assert np.linalg.norm(error) < 0.2 * np.linalg.norm(weight.astype(np.float64))
+
+
+@pytest.mark.parametrize("kind", ["k-means", "grid"])
+def test_error_feedback_uses_the_scale_of_each_block(kind: str) -> None:
+    """Blocks that differ tenfold: values stay near what their own block had, and outputs gain by feedback."""
+    weight = normal(60, 20) * np.repeat(np.geomspace(0.1, 1, 4), 15)[:, None].astype(np.float32)
+    feeds: Sequence[Feeds] = [{"x": normal(400, 6, seed=10) @ normal(6, 60) + np.float32(0.1) * normal(400, 60)}]
+    data = Calibration(Samples(lambda index: feeds[index], range(1), "test"), threads=1)
+    errors = []
+    for context in (Context(), Context(activations=data)):
+        graph = load(dense(weight))
+        found = [one for one in weights(graph) if one.site == "w"]
+        tilings = {"w": tiling(found[0], 1, 15)}
+        codings, _ = code_in_turn(graph, found, lambda _, cells, __: (levels_of_cells(kind, cells), kind), context, tilings)
+        values = codings["w"].decoded(weight.dtype)
+        relative = np.linalg.norm((values - weight).reshape(4, -1), axis=1) / np.linalg.norm(weight.reshape(4, -1), axis=1)
+        assert relative.max() < 0.6
+        errors.append(float(np.linalg.norm(feeds[0]["x"] @ (values - weight))))
+    assert errors[1] < 0.4 * errors[0]
+
+
+def test_importance_is_that_of_each_block() -> None:
+    model, asked = dense(normal(60, 20)), []
+    data = calibration(5, 40, 60)
+
+    def levels(weight: Weight, cells: Array, importance: Array | None) -> tuple[RowLevels, str]:
+        asked.append((cells, importance))
+        return cell_grids(cells, 4, importance), ""
+
+    graph = load(model)
+    found = [one for one in weights(graph) if one.site == "w"]
+    code_in_turn(graph, found, levels, Context(activations=data), {"w": tiling(found[0], 2, 20)})
+    ((_, moments),) = data.grams(graph, found)
+    diagonal = np.diagonal(moments.shrunk[0])
+    ((cells, importance),) = asked
+    for cell, own, counts in zip(range(30), cells, importance, strict=True):
+        block = slice(20 * (cell % 3), 20 * (cell % 3) + 20)
+        channel = 2 * (cell // 3)
+        np.testing.assert_array_equal(own.reshape(2, 20), normal(60, 20).T[channel : channel + 2, block])
+        np.testing.assert_array_equal(counts.reshape(2, 20), np.tile(diagonal[block], (2, 1)))
 
 
 @pytest.mark.parametrize("kind", ["k-means, scale", "steps"])

@@ -226,7 +226,7 @@ class TestCodes:
         )  # the last node's output has the weight's name by now
         assert 2 <= info.bits < 3.5  # codes of 2 bits, and a few hundred bytes around them
         assert info.actions == {}
-        assert set(info.obstacles) == {"huffman", "share-weights", "sparsify"}
+        assert set(info.obstacles) == {"huffman", "pack-sparse", "share-weights", "sparsify"}
 
 
 class TestDryRuns:

@@ -76,7 +76,7 @@ UNTOUCHED = written(to_model(load(MODEL)))
 
 
 def only(result: Compressed) -> PassReport:
-    (step,) = result.report.passes
+    (step,) = (step for step in result.report.passes if step.name != "pack-sparse")  # what sparsify ends with
     return step
 
 

@@ -158,7 +158,7 @@ REFUSED = [
     (entry('name = "tidi"'), "recipe, pass 1: unknown pass 'tidi'; did you mean 'tidy'? Known: "),
     (
         entry(SHARE + "options = { bit = 3 }"),
-        "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, method, per, rate-weight, repair, sqnr, step",
+        "recipe, pass 1: share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, block, channels-per-scale, method, per, rate-weight, repair, sqnr, step",
     ),
     (
         f"{entry(SHARE)}\n[[pass]]\nnmae = 3",

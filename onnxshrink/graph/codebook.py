@@ -4,6 +4,7 @@
     codes ── Cast ── Add(offsets) ── Gather(codebooks) ── W           one codebook per output channel
     codes ── Cast ── Gather(codebook) ── Mul(scale) ── W              one codebook, scaled per output channel
     codes ── Cast ── Sub(zero point) ── Mul(scale) ── W               a uniform grid per output channel
+    scales ── Gather(0 0 0 1 1 1 ...) ── Cast ── Mul                  one of either for a tile of several channels, or of a part of one
     float16 ── Cast ── W                                              no codes, half the bytes
 
 Tables of embeddings stay coded while a model runs; `onnxshrink.graph.coded_table` makes those of the same steps.
@@ -34,10 +35,13 @@ __all__ = [
     "DecoderBuilder",
     "Operands",
     "UniformGrid",
-    "broadcast_shape",
+    "channel_tile",
     "coded_weight",
     "first_opset",
     "half_weight",
+    "spread",
+    "spread_axes",
+    "tiles_along",
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -56,30 +60,31 @@ class Codebook:
     """Values by code.
 
     Attributes:
-        values: [k] for the whole tensor, or [channels, k].
-        axis: the tensor's axis that the rows of ``values``, or the scales, belong to; None for one codebook without scales.
-        scale: [channels] float32 that the values are multiplied by, or None. Values that have scales are of the order of 1 and are
+        values: [k] for the whole tensor, or [tiles, k].
+        tile: how many neighbours along each axis of the tensor make a tile, in which all share one row of ``values`` or one scale;
+            the last ones of an axis may be fewer. None for one codebook without scales.
+        scale: [tiles] float32 that the values are multiplied by, or None. Values that have scales are of the order of 1 and are
             stored as float16: what that rounds off is far below the distance between 256 values.
     """
 
     values: Array
-    axis: int | None = None
+    tile: tuple[int, ...] | None = None
     scale: Array | None = None
 
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """value = (code - zero_point) · scale, in float32, per channel or for the whole tensor.
+    """value = (code - zero_point) · scale, in float32, per tile or for the whole tensor.
 
     Attributes:
-        scale: [channels] float32; stored as float16 where that holds every one exactly and the file gets smaller.
-        zero_point: [channels], whole numbers from 0 to 255; or [1], one for all channels.
-        axis: the tensor's axis that channels lie on; None for one grid, with [1] scale and zero point.
+        scale: [tiles] float32; stored as float16 where that holds every one exactly and the file gets smaller.
+        zero_point: [tiles], whole numbers from 0 to 255; or [1], one for all tiles.
+        tile: as of `Codebook`; None for one grid, with [1] scale and zero point.
     """
 
     scale: Array
     zero_point: Array
-    axis: int | None
+    tile: tuple[int, ...] | None
 
 
 def first_opset(scope: Graph) -> int:
@@ -102,7 +107,7 @@ def coded_weight(
     """
     builder = DecoderBuilder(constant.name, scope, names)
     digits = builder.codes(codes, bits)
-    operands = builder.operands(values, broadcast_shape(constant.shape, values.axis), constant.dtype)
+    operands = builder.operands(values, constant.shape, constant.dtype)
     builder.fragment.output = builder.decoded(digits, operands, constant.dtype)
     return builder.fragment
 
@@ -116,11 +121,28 @@ def half_weight(constant: Constant, scope: Graph, names: NameSource) -> Fragment
     return builder.fragment
 
 
-def broadcast_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
-    """Returns the shape in which one number per channel meets the tensor; a single number is a scalar."""
-    if axis is None:
-        return ()
-    return tuple(dim if index == axis else 1 for index, dim in enumerate(shape))
+def channel_tile(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """Returns the tile of a tensor whose channels lie on an axis, if each of them is one."""
+    return tuple(1 if index == axis else size for index, size in enumerate(shape))
+
+
+def tiles_along(shape: tuple[int, ...], tile: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns how many tiles a tensor has along each axis: the shape in which one number per tile is stored; () for one tile."""
+    return () if tile is None else tuple(-(-size // part) for size, part in zip(shape, tile, strict=True))
+
+
+def spread(numbers: Array, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> Array:
+    """Returns one number per tile, [tiles], such that it broadcasts to the shape of the tensor; what decoders compute."""
+    along = numbers.reshape(tiles_along(shape, tile))
+    for axis in spread_axes(shape, tile):
+        assert tile is not None
+        along = np.repeat(along, tile[axis], axis).take(np.arange(shape[axis]), axis)
+    return along
+
+
+def spread_axes(shape: tuple[int, ...], tile: tuple[int, ...] | None) -> list[int]:
+    """Returns the axes along which tiles are several and larger than one element, so that numbers of tiles do not broadcast."""
+    return [] if tile is None else [axis for axis, part in enumerate(tile) if 1 < part < shape[axis]]
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,7 @@ class DecoderBuilder:
         self.opset = scope.opset
         self.names = names
         self.fragment = Fragment(Variable(""))
+        self.tile_indices: dict[tuple[int, int], Tensor] = {}  # by size of an axis and of its tiles
 
     def codes(self, codes: Uint8s, bits: int) -> Tensor:
         """Returns the tensor of codes, in their shape; uint8 as stored, or int32 as unpacked."""
@@ -166,24 +189,26 @@ class DecoderBuilder:
         return self.node("Reshape", [total, self.constant("shape", np.array(codes.shape, np.int64))])
 
     def operands(self, values: Codebook | UniformGrid, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Operands:
-        """Returns constants, or Casts of constants, that meet the tensor of codes in a shape.
+        """Returns constants, or what is computed of constants alone, that meet the tensor of codes.
 
         Args:
             values: what codes stand for.
-            shape: of one number per channel.
+            shape: of the weight.
             dtype: of the weight.
         """
+        tile, along = values.tile, tiles_along(shape, values.tile)
+        scale = None if values.scale is None else self.factor(values.scale.reshape(along), shape, tile)
         if isinstance(values, UniformGrid):
-            zero_point = self.zero_point(values.zero_point, shape)
-            return Operands(self.factor(values.scale.reshape(shape)), zero_point)
+            return Operands(scale, self.zero_point(values.zero_point, shape, tile))
         offsets = None
         if values.values.ndim == 2:
-            channels, length = values.values.shape
-            offsets = self.constant("offsets", (np.arange(channels) * length).astype(np.int32).reshape(shape))
-        if values.scale is None:
+            tiles, length = values.values.shape
+            first = self.constant("offsets", (np.arange(tiles) * length).astype(np.int32).reshape(along))
+            offsets = self.spread(first, shape, tile)
+        if scale is None:
             return Operands(codebook=self.constant("codebook", values.values.astype(dtype).reshape(-1)), offsets=offsets)
         halves = self.cast(self.constant("codebook", values.values.astype(np.float16).reshape(-1)), np.float32)
-        return Operands(self.factor(values.scale.reshape(shape)), codebook=halves, offsets=offsets)
+        return Operands(scale, codebook=halves, offsets=offsets)
 
     def decoded(self, digits: Tensor, operands: Operands, dtype: np.dtype[Any]) -> Variable:
         """Returns the weight, or rows of it, of a dtype: in float32 first if scaled, as ONNX Runtime's CPU has no float16 Mul."""
@@ -224,20 +249,32 @@ class DecoderBuilder:
         start, end = (self.constant(name, np.array([at], np.int64)) for name, at in (("start", 0), ("end", size)))
         return self.node("Slice", [tensor, start, end])
 
-    def zero_point(self, zero_point: Array, shape: tuple[int, ...]) -> Tensor:
+    def zero_point(self, zero_point: Array, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> Tensor:
         """Returns the zero points as float32: bytes and a Cast for many, a plain scalar for one."""
         if zero_point.size == 1:
             return self.constant("zero_point", zero_point.astype(np.float32).reshape(()))
-        return self.cast(self.constant("zero_point", zero_point.astype(np.uint8).reshape(shape)), np.float32)
+        stored = self.constant("zero_point", zero_point.astype(np.uint8).reshape(tiles_along(shape, tile)))
+        return self.cast(self.spread(stored, shape, tile), np.float32)
 
-    def factor(self, scale: Array) -> Tensor:
+    def factor(self, scale: Array, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> Tensor:
         """Returns scales as float32: halves and a Cast for many that float16 holds exactly."""
         wide = scale.astype(np.float32)
         with np.errstate(over="ignore"):
             half = wide.astype(np.float16)
-        if wide.size >= _LEAST_HALVES and np.array_equal(half.astype(np.float32), wide):
-            return self.cast(self.constant("scale", half), np.float32)
-        return self.constant("scale", wide)
+        exact = wide.size >= _LEAST_HALVES and np.array_equal(half.astype(np.float32), wide)
+        return self.cast(self.spread(self.constant("scale", half if exact else wide), shape, tile), np.float32)
+
+    def spread(self, numbers: Tensor, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> Tensor:
+        """Returns numbers of tiles such that they broadcast to the shape of the weight: each as often as its tile is long."""
+        for axis in spread_axes(shape, tile):
+            assert tile is not None
+            key = (shape[axis], tile[axis])
+            if key not in self.tile_indices:
+                index = np.arange(shape[axis]) // tile[axis]
+                narrow = np.min_scalar_type(-int(index[-1]))  # signed: what is unsigned are codes
+                self.tile_indices[key] = self.cast(self.constant("tiles", index.astype(narrow)), np.int32)
+            numbers = self.node("Gather", [numbers, self.tile_indices[key]], {"axis": axis})
+        return numbers
 
     def cast(self, tensor: Tensor, dtype: Any) -> Tensor:
         """Returns a tensor as another type; itself if it is of that."""

@@ -22,6 +22,7 @@ from onnxshrink.graph.edit import constant_bytes, nodes_bytes, output_ids, repla
 from onnxshrink.graph.exporter import inline_tensor, node_message
 from onnxshrink.graph.huffman import Piece, inline_weight_call, is_weight_call, pieces, remove_decoder
 from onnxshrink.graph.ir import Constant, Graph, Node, Scope, Tensor, Variable
+from onnxshrink.graph.sparse_steps import QUICK_OPS, counts_bits, is_sparse_decoder
 from onnxshrink.graph.storage import element_type, is_float
 from onnxshrink.graph.table_lookups import CodedTable, coded_tables, expand_table
 
@@ -59,6 +60,11 @@ class Coded:
     def codes(self) -> tuple[Constant, ...]:
         """The constants that hold codes."""
         return tuple(constant for constant in self.constants if constant.dtype.name in _CODE_TYPES)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is stored as values and where they are."""
+        return any(is_sparse_decoder(node) for node in self.nodes)
 
     @property
     def parts(self) -> tuple[Constant, ...]:
@@ -105,7 +111,7 @@ class Coded:
         graph.initializer.extend(numpy_helper.from_array(piece.values(), piece.tensor.name) for piece in decoded)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.scope.graph.opset)])
         try:
-            results: Any = ReferenceEvaluator(model).run(None, {})
+            results: Any = ReferenceEvaluator(model, new_ops=QUICK_OPS).run(None, {})
         except (IndexError, ValueError, TypeError, RuntimeError) as error:  # of numpy, for codes that no codebook has
             raise ModelReadError(f"tensor '{self.site}': its codes cannot be decoded: {error}; the file is damaged") from error
         return np.asarray(results[0])
@@ -118,7 +124,7 @@ def coded_weights(graph: Graph) -> list[Coded]:
 
 
 def expand_coded(graph: Graph, *, tables: bool = True) -> list[Coded]:
-    """Replaces every coded weight, and every one kept in float16, by its dense tensor; returns what was replaced.
+    """Replaces every coded weight, every one kept in float16 and every sparse tensor by a dense one; returns what was replaced.
 
     Args:
         graph: the main graph.
@@ -129,8 +135,11 @@ def expand_coded(graph: Graph, *, tables: bool = True) -> list[Coded]:
     """
     coded = coded_weights(graph)
     parts = {id(node) for item in coded for node in item.nodes}  # a codebook may itself be kept in float16
-    found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts)]
+    found = [*coded, *(half for half in _half_weights(graph) if id(half.nodes[0]) not in parts), *_sparse_tensors(graph)]
     for item in found:
+        if not item.nodes and item.table is None and isinstance(item.output, Constant):
+            item.output.values = item.values()
+            continue
         if item.table is not None and not tables:
             if isinstance(item.output, Variable):
                 codes = Constant(item.output.name, item.evaluate(item.output))
@@ -155,6 +164,16 @@ def _half_weights(graph: Graph) -> list[Coded]:
             if isinstance(source, Constant) and id(source) in halves and isinstance(output, Variable):
                 found.append(Coded(scope.address(output.name), scope, output, (node,), (source,)))
     return found
+
+
+def _sparse_tensors(graph: Graph) -> list[Coded]:
+    """Returns the tensors that are stored as ONNX's own sparse ones."""
+    return [
+        Coded(scope.address(constant.name), scope, constant, (), (constant,))
+        for scope in graph.scopes()
+        for constant in scope.graph.constants
+        if constant.stored is not None and constant.stored.is_sparse
+    ]
 
 
 def _in_scope(scope: Scope, outputs: set[int], decoded: dict[int, Piece]) -> Iterator[Coded]:
@@ -204,6 +223,8 @@ def _step(
         outputs: ids of the tensors that are outputs of a scope.
         decoded: what a Huffman decoder puts out, by id.
     """
+    if (counted := counts_bits(node, known)) is not None:
+        return counted
     reads = [tensor for tensor in node.inputs if tensor.name]
     joins = node.op == "Concat" and all(id(tensor) in decoded for tensor in reads)
     decodes = (node.is_standard and (node.op in _DECODING_OPS or joins) and len(node.outputs) == 1) or is_weight_call(node)
@@ -212,7 +233,7 @@ def _step(
     for tensor in reads:
         if isinstance(tensor, Variable) and is_float(known[id(tensor)]):
             continues = len(tensor.outputs) == 1 and id(tensor) not in outputs
-            if not continues or not (_is_converted_constant(tensor) or (tensor is reads[0] and node.op in _SCALING_OPS)):
+            if not continues or not (_is_operand(tensor) or (tensor is reads[0] and node.op in _SCALING_OPS)):
                 return None
     if is_weight_call(node):
         return np.dtype(np.float32)
@@ -222,9 +243,19 @@ def _step(
     return element_type(target) if isinstance(target, int) else None
 
 
-def _is_converted_constant(tensor: Variable) -> bool:
-    """Whether a tensor is a Cast of a stored one: a codebook or zero points kept in a smaller type."""
-    return tensor.inputs[0].op == "Cast" and isinstance(tensor.inputs[0].inputs[0], Constant)
+def _is_operand(tensor: Tensor) -> bool:
+    """Whether a tensor is a stored one, converted or looked up for each element.
+
+    Codebooks and zero points are kept in smaller types, and numbers that tiles of the weight share in the shape of those.
+    """
+    while isinstance(tensor, Variable):
+        maker = tensor.inputs[0]
+        source = maker.inputs[0]
+        spreads = maker.op == "Gather" and (isinstance(source, Variable) or len(source.shape) > 1)
+        if not (maker.op == "Cast" or spreads):
+            return False
+        tensor = source
+    return True
 
 
 def _cone(last: Iterable[Node], decoding: Mapping[int, Node]) -> list[Node]:

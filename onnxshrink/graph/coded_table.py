@@ -15,12 +15,12 @@ bytes when a session starts. The tensor of codes has the name that the table had
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from onnxshrink.graph.codebook import Codebook, DecoderBuilder, Operands, UniformGrid, broadcast_shape
+from onnxshrink.graph.codebook import Codebook, DecoderBuilder, Operands, UniformGrid, tiles_along
 from onnxshrink.graph.edit import Fragment, NameSource, drop_constant, node_bytes
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor, Variable
 from onnxshrink.graph.table_lookups import looks_up, static_shape
@@ -108,9 +108,11 @@ def coded_table(
     table.name = constant.name
     if isinstance(table, Variable):
         table.shape = constant.shape
-    by_row = values.axis == 0
-    shape = broadcast_shape(constant.shape, values.axis)
-    operands = builder.operands(values, shape if by_row else shape[1:], constant.dtype)
+    shape, tile = constant.shape, values.tile
+    by_row = tile is not None and tiles_along(shape, tile)[0] > 1
+    if tile is not None and not by_row:  # any row, whatever the rank of the ids
+        values, shape = replace(values, tile=tile[1:]), shape[1:]
+    operands = builder.operands(values, shape, constant.dtype)
     folded = len(builder.fragment.nodes)
     result = TableFragment(table, builder.fragment)
     for reader in readers:

@@ -24,6 +24,7 @@ __all__ = [
     "constant_bytes",
     "drop_constant",
     "footprint",
+    "held_bytes",
     "item_bytes",
     "node_bytes",
     "nodes_bytes",
@@ -221,11 +222,18 @@ def constant_bytes(constant: Constant, scope: Graph) -> int:
     described = framed_bytes(constant.info.ByteSize()) if constant.info is not None else 0
     if constant.holder is None and not scope.is_function:
         return framed_bytes(tensor + _name_change(constant)) + described
-    attribute = framed_bytes(tensor) + onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR).ByteSize()
+    return held_bytes(constant, tensor, is_sparse=constant.stored is not None and constant.stored.is_sparse) + described
+
+
+def held_bytes(constant: Constant, tensor: int, *, is_sparse: bool) -> int:
+    """Returns the bytes of a Constant node that holds a tensor of so many bytes, under the name and holder of a constant."""
+    kind = onnx.AttributeProto.SPARSE_TENSOR if is_sparse else onnx.AttributeProto.TENSOR
+    attribute = framed_bytes(tensor) + onnx.AttributeProto(name="sparse_value" if is_sparse else "value", type=kind).ByteSize()
+    attribute += is_sparse  # the field's number is 22: a tag of two bytes
     node = onnx.NodeProto(op_type="Constant", output=[constant.name])
     if constant.holder is not None:
         node.MergeFrom(constant.holder)
-    return framed_bytes(framed_bytes(attribute) + node.ByteSize()) + described
+    return framed_bytes(framed_bytes(attribute) + node.ByteSize())
 
 
 def _name_change(constant: Constant) -> int:

@@ -124,7 +124,11 @@ def _write_holder(constant: Constant, proto: onnx.NodeProto, write: TensorWriter
         proto.CopyFrom(constant.holder)
     proto.op_type = "Constant"
     proto.output.append(constant.name)
-    proto.attribute.add(name="value", type=AttributeProto.TENSOR).t.CopyFrom(write(constant))
+    if constant.stored is not None and isinstance(constant.stored.tensor, onnx.SparseTensorProto):
+        held = proto.attribute.add(name="sparse_value", type=AttributeProto.SPARSE_TENSOR)
+        held.sparse_tensor.CopyFrom(constant.stored.tensor)
+    else:
+        proto.attribute.add(name="value", type=AttributeProto.TENSOR).t.CopyFrom(write(constant))
 
 
 def _write_node(node: Node, proto: onnx.NodeProto, write: TensorWriter) -> None:

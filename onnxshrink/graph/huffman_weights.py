@@ -57,7 +57,7 @@ class Centred:
         codes: int8, flat: code less centre.
         centre: 0 to 255.
         target: the tensor that is computed from the codes instead: the weight before it is converted, or the codes themselves.
-        scale: of a grid, or None.
+        scale: of a grid, stored or spread over the weight, before it is converted; or None.
         shape: of the weight.
         moved: of a table that stays coded at run time and whose centre is not 0: the constant that depends on the centre,
             and its values for codes less centre.
@@ -67,7 +67,7 @@ class Centred:
     codes: Int8s
     centre: int
     target: Tensor
-    scale: Constant | None
+    scale: Tensor | None
     shape: tuple[int, ...]
     moved: tuple[Constant, Array] | None = None
 
@@ -80,7 +80,7 @@ def centred(coded: Coded) -> Centred | None:
     codes = coded.evaluate(digits).astype(np.int32) if digits is not None else np.zeros(0, np.int32)
     if digits is None or codes.size == 0 or codes.min() < 0 or codes.max() > 255:
         return None
-    grid = _grid(digits)
+    grid = _grid(digits, coded)
     if grid is not None:
         product, zero_point, scale = grid
         if codes.min() - zero_point >= -128 and codes.max() - zero_point <= 127:
@@ -176,16 +176,16 @@ def _digits(coded: Coded) -> Tensor | None:
     return tensor if tensor in coded.codes else None
 
 
-def _grid(digits: Tensor) -> tuple[Variable, int, Constant] | None:
+def _grid(digits: Tensor, coded: Coded) -> tuple[Variable, int, Tensor] | None:
     """Returns (product, zero point, scale) if the codes are only read as (code - zero point) · scale, in float32."""
     cast = _only_reader(digits, "Cast")
     subtraction = _only_reader(cast.outputs[0], "Sub") if cast is not None else None
     product = _only_reader(subtraction.outputs[0], "Mul") if subtraction is not None else None
     if cast is None or subtraction is None or product is None or cast.attrs.get("to") != TensorProto.FLOAT:
         return None
-    zero_points, scale = _constant(subtraction.inputs[1]), _constant(product.inputs[1])
+    zero_points, scale = _unconverted(subtraction.inputs[1]), _unconverted(product.inputs[1])
     result = product.outputs[0]
-    if zero_points is None or scale is None or not isinstance(result, Variable):
+    if not isinstance(zero_points, Constant) or not isinstance(result, Variable) or product not in coded.nodes:
         return None
     values = zero_points.values.reshape(-1)
     if values.size == 0 or np.any(values != values[0]) or not 0 <= values[0] <= 255 or values[0] != int(values[0]):
@@ -199,11 +199,10 @@ def _only_reader(tensor: Tensor, op: str) -> Node | None:
     return tensor.outputs[0] if reads else None
 
 
-def _constant(tensor: Tensor) -> Constant | None:
-    """Returns a constant, or the one that a tensor is the Cast of."""
-    if isinstance(tensor, Variable) and tensor.inputs and tensor.inputs[0].op == "Cast":
-        tensor = tensor.inputs[0].inputs[0]
-    return tensor if isinstance(tensor, Constant) else None
+def _unconverted(tensor: Tensor) -> Tensor:
+    """Returns what a tensor is the Cast of, or itself."""
+    is_cast = isinstance(tensor, Variable) and tensor.inputs and tensor.inputs[0].op == "Cast"
+    return tensor.inputs[0].inputs[0] if is_cast else tensor
 
 
 def _centre(codes: Array) -> int:
@@ -325,18 +324,25 @@ def _renaming(target: Tensor, name: str, readers: Sequence[Node]) -> int:
 
 
 def _replaced_bytes(weight: Centred, outputs: set[int]) -> int:
-    """Returns the bytes of what only the target of a weight needs, without the scale that stays."""
+    """Returns the bytes of what only the target of a weight needs, without the scale that stays and what computes it."""
     scope = weight.coded.scope.graph
     moved = constant_bytes(weight.moved[0], scope) if weight.moved and _is_private(weight.moved[0], weight.coded) else 0
     if isinstance(weight.target, Constant):
         return constant_bytes(weight.target, scope) + moved
-    own = {id(node): node for node in weight.coded.nodes}
+    size = footprint(_before(weight.target, weight.coded), scope, outputs) + moved
+    if isinstance(weight.scale, Constant):
+        return size - constant_bytes(weight.scale, scope)
+    return size if weight.scale is None else size - footprint(_before(weight.scale, weight.coded), scope, outputs)
+
+
+def _before(tensor: Tensor, coded: Coded) -> list[Node]:
+    """Returns the nodes of a weight that compute a tensor."""
+    own = {id(node): node for node in coded.nodes}
     needed: dict[int, Node] = {}
-    queue = list(weight.target.inputs)
+    queue = list(tensor.inputs)
     while queue:
         node = queue.pop()
         if id(node) in own and id(node) not in needed:
             needed[id(node)] = node
             queue.extend(producer for tensor in node.inputs for producer in tensor.inputs)
-    kept = constant_bytes(weight.scale, scope) if weight.scale is not None else 0
-    return footprint(list(needed.values()), scope, outputs) - kept + moved
+    return list(needed.values())

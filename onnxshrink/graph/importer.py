@@ -106,7 +106,7 @@ class _Reader:
         self, proto: TensorProto | onnx.SparseTensorProto | onnx.NodeProto, infos: dict[str, onnx.ValueInfoProto]
     ) -> None:
         holder = _residue(proto, **_header(proto)) if isinstance(proto, onnx.NodeProto) else None
-        tensor = proto.attribute[0].t if isinstance(proto, onnx.NodeProto) else proto
+        tensor = _held(proto.attribute[0]) if isinstance(proto, onnx.NodeProto) else proto
         if isinstance(tensor, onnx.SparseTensorProto):
             name, external = tensor.values.name, None
             _refuse_external(f"sparse tensor '{name}'", tensor.values, tensor.indices)
@@ -175,14 +175,21 @@ def _opset(imports: Iterable[onnx.OperatorSetIdProto], default: int) -> int:
 
 
 def _is_tensor_holder(node: onnx.NodeProto) -> bool:
-    """Whether this is a Constant node that holds one dense tensor of its own, and nothing that `Constant` cannot carry."""
+    """Whether this is a Constant node that holds one tensor of its own, and nothing that `Constant` cannot carry."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.input or len(node.attribute) != 1:
         return False
     if len(node.output) != 1 or not node.output[0]:
         return False
     attribute = node.attribute[0]
     present = {field.name for field, _ in attribute.ListFields()}
-    return attribute.name == "value" and attribute.type == AttributeProto.TENSOR and present == {"name", "type", "t"}
+    kinds = {"value": (AttributeProto.TENSOR, "t"), "sparse_value": (AttributeProto.SPARSE_TENSOR, "sparse_tensor")}
+    kind, field = kinds.get(attribute.name, (None, ""))
+    return attribute.type == kind and present == {"name", "type", field}
+
+
+def _held(attribute: AttributeProto) -> TensorProto | onnx.SparseTensorProto:
+    """Returns the tensor that a Constant node holds, dense or sparse."""
+    return attribute.t if attribute.name == "value" else attribute.sparse_tensor
 
 
 def _residue(message: Any, **keep: Any) -> Any:

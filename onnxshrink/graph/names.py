@@ -93,8 +93,8 @@ def _renamed(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
 
 
 def _is_sparse(constant: Constant) -> bool:
-    """Whether a constant is written as the sparse message that it was read from, name included."""
-    return constant.stored is not None and constant.stored.is_sparse
+    """Whether a constant is written as the sparse initializer that it was read from, name included."""
+    return constant.holder is None and constant.stored is not None and constant.stored.is_sparse
 
 
 def _names() -> Iterator[str]:

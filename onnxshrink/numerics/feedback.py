@@ -27,8 +27,8 @@ from onnxshrink.numerics.chunks import Array
 
 __all__ = ["Feedback", "Snap", "feedback", "output_error", "retarget", "round_with_feedback"]
 
-Snap = Callable[[Array], Array]
-"""Gives for each row the allowed value that takes the place of the wanted one: float64 [rows] -> float64 [rows]."""
+Snap = Callable[[Array, int], Array]
+"""f(wanted float64 [rows], the column that they are of) -> for each row the allowed value that takes its place, float64 [rows]."""
 
 _BLOCK = 64  # columns between two updates of all the rest
 _DAMPING = 0.01  # of the mean of the diagonal: GPTQ's default; 0.003 and 0.03 gave the same within noise
@@ -107,7 +107,7 @@ def round_with_feedback(matrix: Array, through: Feedback, snap: Snap, frozen: Ar
         stop = min(start + _BLOCK, columns)
         errors = np.empty((stop - start, len(matrix)))
         for column in range(start, stop):
-            values = snap(wanted[column])
+            values = snap(wanted[column], int(through.order[column]))
             if zeros is not None:
                 values = np.where(zeros[column], 0.0, values)
             error = (wanted[column] - values) / pivots[column]

@@ -1,43 +1,28 @@
-"""The values that weights may take: chosen for a matrix, then used to round it, whole or one column at a time.
+"""The values that weights may take, by row or by block of a matrix, used to round it, whole or one column at a time.
 
-`numerics.grids` and `numerics.clusters` choose values and round whole matrices to the nearest; with error feedback
-(`numerics.feedback`) the next column is known only once the last is rounded, so here a column at a time is rounded as well.
-
-Codebooks for many rows are shared after each row was divided by a scale, s = sqrt(max |w| · rms(w)). It lies between the two usual
-ones: dividing by the greatest |w| spends values on a few large weights, dividing by the rms leaves these far out.
+`numerics.grids` and `numerics.clusters` round whole matrices to the nearest value; with error feedback (`numerics.feedback`) the
+next column is known only once the last is rounded, so here a column at a time is rounded as well. `numerics.level_choice` chooses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
+from onnxshrink.numerics.cells import Cells
 from onnxshrink.numerics.chunks import Array
-from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
+from onnxshrink.numerics.clusters import nearest, nearest_rows
 from onnxshrink.numerics.feedback import feedback, round_with_feedback
 from onnxshrink.numerics.grids import Grid, decode, encode
 from onnxshrink.numerics.lloyd import thresholds
-from onnxshrink.numerics.sketches import sketch
 
-__all__ = [
-    "MOST_STEPS",
-    "BookLevels",
-    "GridLevels",
-    "Levels",
-    "RowBookLevels",
-    "by_channel",
-    "cluster_levels",
-    "relative_scales",
-    "round_rows",
-    "row_scales",
-    "step_levels",
-]
+__all__ = ["BlockLevels", "BookLevels", "GridLevels", "Levels", "RowBookLevels", "RowLevels", "placed", "round_rows"]
 
 Uint8s = np.ndarray[Any, np.dtype[np.uint8]]
-MOST_STEPS = 126  # on either side of zero, one less than a byte has room for: feedback asks for more than the weight had
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +47,12 @@ class GridLevels:
         """Returns the levels of a selection of rows."""
         return replace(self, grid=Grid(self.grid.scale[index], self.grid.zero_point[index], self.grid.bits))
 
-    def snap(self, values: Array) -> Array:
+    @property
+    def has_zero(self) -> bool:
+        """Whether every row has a level for zero."""
+        return True
+
+    def snap(self, values: Array, _: int = 0) -> Array:
         """Returns the nearest allowed value for each row, or the best at its price, as float32 has it.
 
         Args:
@@ -86,6 +76,10 @@ class GridLevels:
         """Returns what codes stand for, float32 [rows, columns]."""
         return decode(codes, self.grid)
 
+    def rounded(self, matrix: Array) -> Array:
+        """Returns the nearest allowed values of a matrix, or the best at their price, float64 [rows, columns]."""
+        return self.snap(matrix) if self.price is not None else self.values(self.codes(matrix)).astype(np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class BookLevels:
@@ -108,7 +102,12 @@ class BookLevels:
         """Returns the levels of a selection of rows."""
         return replace(self, scale=None if self.scale is None else self.scale[index])
 
-    def snap(self, column: Array) -> Array:
+    @property
+    def has_zero(self) -> bool:
+        """Whether there is a level for zero."""
+        return bool((self.codebook == 0).any())
+
+    def snap(self, column: Array, _: int = 0) -> Array:
         """Returns the nearest allowed value for each row, float64 [rows], as `values` has it."""
         relative = column if self.scale is None else column / self.scale.astype(np.float64)
         values = self.codebook[np.searchsorted(thresholds(self.codebook.astype(np.float64)), relative)]
@@ -128,6 +127,10 @@ class BookLevels:
         scaled: Array = self.codebook.astype(np.float32)[codes] * self.scale[:, None]
         return scaled
 
+    def rounded(self, matrix: Array) -> Array:
+        """Returns the nearest allowed values of a matrix, float64 [rows, columns]."""
+        return self.values(self.codes(matrix)).astype(np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class RowBookLevels:
@@ -144,7 +147,12 @@ class RowBookLevels:
         """Returns the levels of a selection of rows."""
         return replace(self, codebooks=self.codebooks[index])
 
-    def snap(self, column: Array) -> Array:
+    @property
+    def has_zero(self) -> bool:
+        """Whether every row has a level for zero."""
+        return bool((self.codebooks == 0).any(axis=1).all())
+
+    def snap(self, column: Array, _: int = 0) -> Array:
         """Returns the nearest allowed value for each row, float64 [rows]."""
         every, index, step = np.arange(len(column)), np.zeros(len(column), np.intp), 256
         while step := step // 2:  # a binary search in all rows at once
@@ -166,77 +174,82 @@ class RowBookLevels:
         """Returns what codes stand for, [rows, columns] of the codebooks' dtype."""
         return np.take_along_axis(self.codebooks, codes.astype(np.intp), axis=1)
 
+    def rounded(self, matrix: Array) -> Array:
+        """Returns the nearest allowed values of a matrix, float64 [rows, columns]."""
+        return self.values(self.codes(matrix)).astype(np.float64)
 
-Levels = GridLevels | BookLevels | RowBookLevels
+
+RowLevels = GridLevels | BookLevels | RowBookLevels
 
 
-def step_levels(rows: Array, step: Array, rate_weight: float = 0.0) -> GridLevels:
-    """Returns grids of given steps, all with one zero point, so that a code means the same number of steps in every row.
+@dataclass(frozen=True, eq=False)
+class BlockLevels:
+    """Levels that differ from one block of columns to the next.
+
+    Attributes:
+        blocks: the levels of every row in each block.
+        columns: integers [columns], the block of each column.
+    """
+
+    blocks: tuple[RowLevels, ...]
+    columns: Array
+
+    @property
+    def count(self) -> int:
+        """How many rows have levels of their own; 1 where all share them."""
+        return self.blocks[0].count
+
+    def rows(self, index: Array) -> Self:
+        """Returns the levels of a selection of rows."""
+        return replace(self, blocks=tuple(block.rows(index) for block in self.blocks))
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether every row has a level for zero in every block."""
+        return all(block.has_zero for block in self.blocks)
+
+    def snap(self, values: Array, column: int) -> Array:
+        """Returns the nearest allowed value of a column for each row, float64 [rows]."""
+        own: RowLevels = self.blocks[self.columns[column]]
+        return own.snap(values)
+
+    def codes(self, matrix: Array) -> Uint8s:
+        """Returns the code of the nearest level of each value, uint8 [rows, columns]."""
+        return self._each(lambda block, values: block.codes(values), matrix, np.dtype(np.uint8))
+
+    def values(self, codes: Uint8s) -> Array:
+        """Returns what codes stand for, float32 [rows, columns]."""
+        return self._each(lambda block, values: block.values(values), codes, np.dtype(np.float32))
+
+    def rounded(self, matrix: Array) -> Array:
+        """Returns the nearest allowed values of a matrix, or the best at their price, float64 [rows, columns]."""
+        return self._each(lambda block, values: block.rounded(values), matrix, np.dtype(np.float64))
+
+    def _each(self, function: Callable[[RowLevels, Array], Array], matrix: Array, dtype: np.dtype[Any]) -> Array:
+        """Returns what a function makes of each block and its columns, side by side as those were."""
+        result = np.empty(matrix.shape, dtype)
+        for number, block in enumerate(self.blocks):
+            own = np.flatnonzero(self.columns == number)
+            result[:, own] = function(block, matrix[:, own])
+        return result
+
+
+Levels = RowLevels | BlockLevels
+
+
+def placed(levels: RowLevels, cells: Cells) -> Levels:
+    """Returns the levels of a matrix, by row and where they differ by block, from those of its cells.
 
     Args:
-        rows: [rows, columns] finite.
-        step: float32 [rows], positive; made larger, all by one factor, where more than 256 levels would be needed.
-        rate_weight: how many squared steps of error a bit is worth; 0 for the nearest level always. At high rate the slope of error
-            over bits is 2 ln 2 / 12, about 0.12. The bits of a level are those that plain rounding would need.
+        levels: one for each cell, or one for all.
+        cells: of the matrix.
     """
-    reach = np.abs(rows).max(axis=1, initial=0.0) / step
-    coarser = max(1.0, float(reach.max(initial=0.0)) / MOST_STEPS)
-    scale = (step * coarser).astype(np.float32)
-    grid = Grid(scale, np.full(len(scale), float(MOST_STEPS + 1), np.float32), 8)
-    if not rate_weight:
-        return GridLevels(grid)
-    counts = np.bincount(encode(rows, grid).reshape(-1), minlength=256) + 0.5  # none is impossible
-    return GridLevels(grid, -rate_weight * np.log2(counts / counts.sum()))
-
-
-def cluster_levels(
-    rows: Array, k: int, *, each: bool = False, scaled: bool = True, importance: Array | None = None
-) -> BookLevels | RowBookLevels:
-    """Returns codebooks of least squared error, with an entry for zero where there are more zeros than an entry's share.
-
-    Args:
-        rows: [rows, columns] of one of the four float dtypes, finite.
-        k: entries, 2 to 256.
-        each: whether every row has a codebook of its own.
-        scaled: whether rows are divided by a scale each before they share one.
-        importance: [columns], not negative: what squared errors in a column count. The diagonal of the Gram matrix of the inputs
-            makes them squared errors of the outputs (Choi et al., arXiv 1612.01543); without one all count alike.
-    """
-    keep_zero = bool(np.count_nonzero(rows == 0) * k > rows.size)
-    if each:
-        return RowBookLevels(kmeans_rows(rows, k, keep_zero=keep_zero, importance=importance).astype(rows.dtype))
-    if not scaled:
-        return BookLevels(kmeans_1d(sketch(rows, importance), k, keep_zero=keep_zero).astype(rows.dtype))
-    scale = row_scales(rows)
-    counts = None if importance is None else np.square(scale[:, None], dtype=np.float64) * importance
-    codebook = kmeans_1d(sketch(rows.astype(np.float32) / scale[:, None], counts), k, keep_zero=keep_zero)
-    return BookLevels(codebook.astype(np.float16), scale)  # as it is stored, so that codes fit it
-
-
-def relative_scales(rows: Array, exponent: float = 0.5) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Returns a power of each row's rms, relative to their geometric mean, for rows [rows, columns]; 1 for rows of zeros."""
-    rms = np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=1))
-    used = rms > 0
-    if not used.any():
-        return np.ones(len(rows), np.float32)
-    typical = np.exp(np.mean(np.log(rms[used])))
-    return (np.where(used, rms / typical, 1.0) ** exponent).astype(np.float32)
-
-
-def row_scales(rows: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Returns sqrt(max |w| · rms(w)) of each row; 1 for rows of zeros."""
-    wide = rows.astype(np.float32, copy=False)
-    largest = np.maximum(wide.max(axis=1), -wide.min(axis=1))
-    largest = np.where(largest > 0, largest, np.float32(1))
-    relative = wide / largest[:, None]  # squares of the weights themselves may leave the range of float32
-    mean_square = np.einsum("ij,ij->i", relative, relative) / np.float32(rows.shape[1])
-    return np.where(mean_square > 0, largest * np.sqrt(np.sqrt(mean_square)), np.float32(1))
-
-
-def by_channel(matrix: Array, channels: Array) -> Array:
-    """Returns the rows [rows, columns] of each channel side by side: [channels, rows / channels · columns]."""
-    order = np.argsort(channels, kind="stable")
-    return matrix[order].reshape(int(channels.max(initial=0)) + 1, -1)
+    if levels.count == 1:
+        return levels.rows(np.zeros_like(cells.rows))
+    first = cells.rows * cells.blocks
+    if cells.blocks == 1:
+        return levels.rows(first)
+    return BlockLevels(tuple(levels.rows(first + block) for block in range(cells.blocks)), cells.columns)
 
 
 def round_rows(matrix: Array, grams: Array | None, levels: Levels, frozen: Array | None = None) -> Array:
@@ -249,8 +262,7 @@ def round_rows(matrix: Array, grams: Array | None, levels: Levels, frozen: Array
         frozen: bool [rows, columns], zeros that stay zero; or None.
     """
     if grams is None:
-        priced = isinstance(levels, GridLevels) and levels.price is not None
-        rounded = levels.snap(matrix) if priced else levels.values(levels.codes(matrix)).astype(np.float64)
+        rounded = levels.rounded(matrix)
         return rounded if frozen is None else np.where(frozen, 0.0, rounded)
     size = len(matrix) // len(grams)
     parts = []

@@ -1,7 +1,7 @@
-"""Which weights go to zero: any, N of each M, or whole blocks.
+"""Which weights go to zero: the units of least score.
 
-Matrices are [rows = output channels, cols = reduction axis], and True means kept. What goes or stays as a whole is a
-unit: an element, or a block. The units of least score go first; of equal scores the one of lower index. So a matrix
+Matrices are [rows = output channels, cols = reduction axis], and True means kept. Units of a pattern go or stay as a whole, see
+`onnxshrink.numerics.patterns`. Those of least score go first; of equal scores the one of lower index. So a matrix
 that has been masked gets the same mask again: its zeros are the lowest scores.
 
 Only the threshold between removed and kept is sought, by counting: first the top 16 bits of all scores, then the next
@@ -11,92 +11,28 @@ no memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from onnxshrink.errors import OptionError, must
-from onnxshrink.numerics.chunks import CHUNK, Array, chunks, map_chunks, tiles
-from onnxshrink.numerics.floatbits import bits_of, check_finite
+from onnxshrink.errors import must
+from onnxshrink.numerics.chunks import CHUNK, Array, chunks, tiles
+from onnxshrink.numerics.floatbits import bits_of
+from onnxshrink.numerics.patterns import (
+    Mask,
+    Norm,
+    Pattern,
+    check_matrix,
+    expand_units,
+    score_dtype,
+    scores,
+    unit_sizes,
+)
 
-__all__ = ["Pattern", "expand_units", "keep_largest", "n_m_mask", "scores", "split_global"]
-
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+__all__ = ["choose", "keep_largest", "n_m_mask", "split_global"]
 
 _DIGIT = 16  # bits of a score counted in one pass
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A shape that zeros must have.
-
-    Attributes:
-        kind: ``unstructured``; ``n:m``, at most n non-zeros in each m consecutive elements along cols (2:4 is
-            NVIDIA's); or ``block``, n rows x m cols zeroed as a whole.
-        n: see kind; 1 if unstructured.
-        m: see kind; 1 if unstructured.
-    """
-
-    kind: Literal["unstructured", "n:m", "block"]
-    n: int = 1
-    m: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind == "n:m" and not 1 <= self.n < self.m:
-            raise OptionError(must("pattern", "N of N:M", "at least 1 and below M", str(self), "2:4 keeps 2 of 4"))
-        if self.n < 1 or self.m < 1:
-            raise OptionError(must("pattern", "sides of a block", "at least 1", str(self)))
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Returns the pattern of a text such as ``unstructured``, ``2:4``, ``1x4`` or ``16x1``.
-
-        Raises:
-            OptionError: a ValueError; the text names no pattern, or an empty or full one.
-        """
-        if text == "unstructured":
-            return cls("unstructured")
-        found = re.fullmatch(r"([0-9]{1,6})([:x])([0-9]{1,6})", text)
-        if not found:
-            raise OptionError(must("pattern", "text", "unstructured, N:M such as 2:4 or NxM such as 1x4", repr(text)))
-        return cls("n:m" if found[2] == ":" else "block", int(found[1]), int(found[3]))
-
-    def __str__(self) -> str:
-        if self.kind == "unstructured":
-            return self.kind
-        return f"{self.n}{':' if self.kind == 'n:m' else 'x'}{self.m}"
-
-
-def scores(matrix: Array, pattern: Pattern) -> Array:
-    """Returns the magnitude of each unit.
-
-    Args:
-        matrix: [rows, cols], one of the four float dtypes.
-        pattern: blocks are scored by the root mean square of their members, so a smaller block at the edge competes on
-            equal terms; elements, also those of N:M, by their absolute value.
-
-    Returns:
-        [rows, cols], or [ceil(rows / n), ceil(cols / m)] for blocks; float64 for a float64 matrix, else float32.
-
-    Raises:
-        ValueError: no matrix, another dtype, or a value that is not finite.
-    """
-    _check_matrix("scores", matrix)
-    dtype = _score_dtype(matrix)
-    if pattern.kind != "block":
-        return map_chunks(lambda chunk: np.abs(chunk.astype(dtype)), matrix, dtype)
-    n, m = pattern.n, pattern.m
-    result = np.empty(_unit_shape(pattern, matrix.shape), dtype)
-    for rows, cols in tiles(matrix.shape, CHUNK, n, m):
-        # in float64, where no square of a smaller float overflows or vanishes
-        squares = np.square(matrix[rows, cols].astype(np.float64))
-        members = np.outer(_group_lengths(squares.shape[0], n), _group_lengths(squares.shape[1], m))
-        sums = _sums_of_groups(_sums_of_groups(squares, m).T, n).T
-        result[rows.start // n : -(-rows.stop // n), cols.start // m : -(-cols.stop // m)] = np.sqrt(sums / members)
-    return result
 
 
 def keep_largest(scores: Array, share_removed: float) -> Mask:
@@ -116,7 +52,7 @@ def keep_largest(scores: Array, share_removed: float) -> Mask:
 
 
 def split_global(
-    score_list: Sequence[Array], share_removed: float, *, weights: Sequence[int] | None = None
+    score_list: Sequence[Array], share_removed: float, *, weights: Sequence[int | Array] | None = None
 ) -> list[Mask]:
     """Returns which units to keep when those of all layers compete.
 
@@ -126,56 +62,75 @@ def split_global(
     Args:
         score_list: of each layer, floats of any shape, no NaN.
         share_removed: share of all elements, from 0 to 1.
-        weights: how many elements a unit of each layer stands for; 1 if None.
+        weights: how many elements a unit of each layer stands for, or integers of the shape of its scores where units differ; 1 if
+            None.
 
     Returns:
         For each layer bool, the shape of its scores.
 
     Raises:
-        ValueError: a share out of range, a NaN, or weights that are not positive or not as many as layers.
+        ValueError: a share out of range, a NaN, or weights that are not positive or do not fit the layers.
     """
     owner = "split_global"
     if not 0 <= share_removed <= 1:
         raise ValueError(must(owner, "share_removed", "between 0 and 1", share_removed))
-    sizes = [1] * len(score_list) if weights is None else [int(weight) for weight in weights]
-    if len(sizes) != len(score_list) or any(size < 1 for size in sizes):
-        raise ValueError(must(owner, "weights", f"{len(score_list)} positive integers", weights))
     layers = [np.ascontiguousarray(layer) for layer in score_list]  # ties are broken in C order
+    sizes = [np.ones((), np.int64)] * len(layers) if weights is None else [np.asarray(weight) for weight in weights]
+    if len(sizes) != len(layers) or any((size < 1).any() or size.dtype.kind not in "iu" for size in sizes):
+        raise ValueError(must(owner, "weights", f"{len(layers)} positive integers", weights))
+    if any(size.shape not in ((), layer.shape) for size, layer in zip(sizes, layers, strict=True)):
+        raise ValueError(must(owner, "weights", "of the shapes of the scores", [size.shape for size in sizes]))
+    sizes = [np.ravel(size).astype(np.int64, copy=False) for size in sizes]
     dtype = np.result_type(np.float32, *(layer.dtype for layer in layers))
-    elements = sum(size * layer.size for size, layer in zip(sizes, layers, strict=True))
+    each = zip(sizes, layers, strict=True)
+    elements = sum(int(size.sum()) * (layer.size if size.size == 1 else 1) for size, layer in each)
     budget = int(np.floor(share_removed * elements + 1e-9))
     if budget >= elements:
         return [np.zeros(layer.shape, np.bool_) for layer in layers]
     threshold, budget = _threshold(layers, sizes, budget, dtype)
     masks = []
     for layer, size in zip(layers, sizes, strict=True):
-        mask, ties = _split(layer, threshold, budget // size, dtype)
+        mask, budget = _split(layer, size, threshold, budget, dtype)
         masks.append(mask)
-        budget = budget - ties * size if ties * size <= budget else 0
     return masks
 
 
-def expand_units(keep: Mask, pattern: Pattern, shape: tuple[int, int]) -> Mask:
-    """Returns the mask of elements that a mask of units stands for.
+def choose(
+    saliency: Array, pattern: Pattern, share_removed: float | None = None, *, norm: Norm = "l2", frozen: Mask | None = None
+) -> Mask:
+    """Returns the mask of one matrix in a pattern.
 
     Args:
-        keep: bool, of the shape that `scores` returns for a matrix of this shape.
-        pattern: what the units are.
-        shape: (rows, cols) of the matrix.
+        saliency: [rows, cols], not negative, finite: the higher, the sooner a weight is kept.
+        pattern: its own share holds where it is N:M.
+        share_removed: of the elements, from 0 to 1; at most that many go, less than a unit fewer. None for N:M.
+        norm: how the saliencies of a unit are put together, see `scores`.
+        frozen: bool [rows, cols] or None: zeros already. They are removed in any case, count as removed, and score nothing.
 
     Returns:
-        bool [rows, cols].
+        bool [rows, cols], True where kept.
 
     Raises:
-        ValueError: `keep` has another shape.
+        ValueError: a share out of range, or none where the pattern needs one; shapes that do not fit, or a saliency that is not finite.
     """
-    expected = _unit_shape(pattern, shape)
-    if keep.shape != expected:
-        raise ValueError(must("expand_units", "keep", f"of shape {expected}", f"shape {keep.shape}"))
-    if pattern.kind != "block":
-        return keep
-    tall = np.repeat(keep, pattern.n, axis=0)[: shape[0]]
-    return np.ascontiguousarray(np.repeat(tall, pattern.m, axis=1)[:, : shape[1]])
+    if frozen is not None:
+        if frozen.shape != saliency.shape:
+            raise ValueError(must("choose", "frozen", f"of shape {saliency.shape}", f"shape {frozen.shape}"))
+        # below all others, so that elements that are zero go before those that only count for nothing
+        lowest = -1.0 if pattern.sides(saliency.shape) == (1, 1) and pattern.kind != "n:m" else 0.0
+        saliency = np.where(frozen, 0.0, saliency)
+    if pattern.kind == "n:m":
+        mask = n_m_mask(saliency, pattern.n, pattern.m)
+    elif share_removed is None:
+        raise ValueError(must("choose", "share_removed", f"given for {pattern}", None))
+    else:
+        units = scores(saliency, pattern, norm)
+        if frozen is not None and lowest < 0:
+            units[frozen] = lowest
+        sizes = 1 if units.shape == saliency.shape else _common(unit_sizes(pattern, saliency.shape))
+        (keep,) = split_global([units], share_removed, weights=[sizes])
+        mask = expand_units(keep, pattern, saliency.shape)
+    return mask if frozen is None else mask & ~frozen
 
 
 def n_m_mask(matrix: Array, n: int, m: int) -> Mask:
@@ -194,10 +149,10 @@ def n_m_mask(matrix: Array, n: int, m: int) -> Mask:
     """
     if not 1 <= n <= m:
         raise ValueError(must("n_m_mask", "n", f"between 1 and {m}", n))
-    _check_matrix("n_m_mask", matrix)
+    check_matrix("n_m_mask", matrix)
     mask = np.ones(matrix.shape, np.bool_)
     for rows, cols in tiles(matrix.shape, CHUNK, 1, m):
-        magnitudes = np.abs(matrix[rows, cols].astype(_score_dtype(matrix), order="C"))
+        magnitudes = np.abs(matrix[rows, cols].astype(score_dtype(matrix), order="C"))
         height, width = magnitudes.shape
         whole = width - width % m
         groups = magnitudes[:, :whole].reshape(height, whole // m, m)
@@ -214,18 +169,29 @@ def _largest_of_last_axis(magnitudes: Array, n: int) -> Mask:
     return mask
 
 
-def _threshold(layers: Sequence[Array], sizes: Sequence[int], budget: int, dtype: np.dtype[Any]) -> tuple[Any, int]:
+def _common(sizes: Array) -> int | Array:
+    """Returns one number where all sizes are the same, which is quicker to count with."""
+    return int(sizes.flat[0]) if sizes.size and (sizes == sizes.flat[0]).all() else sizes
+
+
+def _threshold(layers: Sequence[Array], sizes: Sequence[Array], budget: int, dtype: np.dtype[Any]) -> tuple[Any, int]:
     """Returns (key, rest): all units of lower keys fit in the budget and leave the rest; those of this key do not."""
     width = 8 * dtype.itemsize
     prefix = 0
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, np.int64)
         for layer, size in zip(layers, sizes, strict=True):
-            for keys in _keys(layer, dtype):
+            done = 0
+            for keys in _keys(layer, dtype) if layer.size else ():
+                part, done = size[done : done + keys.size] if size.size > 1 else size, done + keys.size
                 if shift + _DIGIT < width:
-                    keys = keys[keys >> keys.dtype.type(shift + _DIGIT) == prefix]
-                digits = (keys >> keys.dtype.type(shift)) & keys.dtype.type((1 << _DIGIT) - 1)
-                counts += size * np.bincount(digits.astype(np.intp), minlength=counts.size)
+                    here = keys >> keys.dtype.type(shift + _DIGIT) == prefix
+                    keys, part = keys[here], part[here] if size.size > 1 else size
+                digits = ((keys >> keys.dtype.type(shift)) & keys.dtype.type((1 << _DIGIT) - 1)).astype(np.intp)
+                if size.size == 1:
+                    counts += size * np.bincount(digits, minlength=counts.size)
+                else:  # whole numbers far below 2^53
+                    counts += np.bincount(digits, part, counts.size).astype(np.int64)
         totals = np.cumsum(counts)
         digit = int(np.searchsorted(totals, budget, side="right"))
         budget -= int(totals[digit - 1]) if digit else 0
@@ -233,16 +199,21 @@ def _threshold(layers: Sequence[Array], sizes: Sequence[int], budget: int, dtype
     return prefix, budget
 
 
-def _split(layer: Array, threshold: int, most_ties: int, dtype: np.dtype[Any]) -> tuple[Mask, int]:
-    """Returns (mask, ties): keys below the threshold go, and the first `most_ties` of the ties at it."""
-    mask, done, ties = np.empty(layer.size, np.bool_), 0, 0
+def _split(
+    layer: Array, size: Array, threshold: int, budget: int, dtype: np.dtype[Any]
+) -> tuple[Mask, int]:
+    """Returns (mask, rest): keys below the threshold go, and the first ties at it that fit in the budget, which leave the rest."""
+    mask, done = np.empty(layer.size, np.bool_), 0
     for keys in _keys(layer, dtype):
         part = mask[done : done + keys.size]
         np.greater(keys, threshold, out=part)
-        at_threshold = np.flatnonzero(keys == threshold)
-        part[at_threshold[max(most_ties - ties, 0) :]] = True
-        done, ties = done + keys.size, ties + at_threshold.size
-    return mask.reshape(layer.shape), ties
+        ties = np.flatnonzero(keys == threshold)
+        taken = np.cumsum(size[done + ties] if size.size > 1 else np.broadcast_to(size, ties.shape))
+        fit = int(np.searchsorted(taken, budget, side="right"))
+        part[ties[fit:]] = True
+        budget = 0 if fit < ties.size else budget - int(taken[-1]) if fit else budget
+        done += keys.size
+    return mask.reshape(layer.shape), budget
 
 
 def _keys(layer: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
@@ -259,35 +230,3 @@ def _keys(layer: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
         sign = patterns.dtype.type(8 * dtype.itemsize - 1)
         # flip the sign bit of positive numbers, every bit of negative ones
         yield patterns ^ ((np.zeros_like(patterns) - (patterns >> sign)) | (patterns.dtype.type(1) << sign))
-
-
-def _sums_of_groups(values: Array, length: int) -> Array:
-    """Returns [a, ceil(b / length)]: sums of neighbours along the last axis of [a, b]; a last group may be shorter."""
-    sums = np.ascontiguousarray(values[:, ::length])
-    for offset in range(1, min(length, values.shape[1])):
-        members = values[:, offset::length]
-        sums[:, : members.shape[1]] += members
-    return sums
-
-
-def _group_lengths(size: int, length: int) -> Array:
-    lengths = np.full(-(-size // length), length)
-    if size % length:
-        lengths[-1] = size % length
-    return lengths
-
-
-def _unit_shape(pattern: Pattern, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if pattern.kind != "block":
-        return tuple(shape)
-    return -(-shape[0] // pattern.n), -(-shape[1] // pattern.m)
-
-
-def _score_dtype(matrix: Array) -> type[np.floating[Any]]:
-    return np.float64 if matrix.dtype == np.float64 else np.float32
-
-
-def _check_matrix(owner: str, matrix: Array) -> None:
-    if matrix.ndim != 2:
-        raise ValueError(must(owner, "matrix", "2-D", f"shape {matrix.shape}"))
-    check_finite(owner, matrix)

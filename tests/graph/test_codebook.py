@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnxshrink.graph.codebook import FIRST_OPSET, Codebook, UniformGrid, coded_weight, half_weight
+from onnxshrink.graph.codebook import FIRST_OPSET, Codebook, UniformGrid, channel_tile, coded_weight, half_weight
 from onnxshrink.graph.coded import coded_weights, expand_coded
 from onnxshrink.graph.edit import NameSource, replace_constant
 from onnxshrink.graph.exporter import to_model
@@ -61,20 +64,21 @@ def coding(word: str, bits: int, shape: tuple[int, ...], dtype: np.dtype[Any] = 
     by_channel = [channels if index == axis else 1 for index in range(len(shape))]
     scale = rng.uniform(0.01, 2, channels).astype(np.float32)
     zero_point = rng.integers(0, length, channels).astype(np.float32)
+    tile = channel_tile(shape, axis)
     if word == "codebook":
         table = rng.standard_normal(length).astype(dtype)
         return Coding(codes, Codebook(table), table[codes])
     if word == "codebook per channel":
         table = rng.standard_normal((channels, length)).astype(dtype)
-        return Coding(codes, Codebook(table, axis), table[np.arange(channels).reshape(by_channel), codes])
+        return Coding(codes, Codebook(table, tile), table[np.arange(channels).reshape(by_channel), codes])
     if word == "scaled codebook":
         table = rng.standard_normal(length).astype(np.float16).astype(np.float32)  # they are stored as float16
-        return Coding(codes, Codebook(table, axis, scale), (table[codes] * scale.reshape(by_channel)).astype(dtype))
+        return Coding(codes, Codebook(table, tile, scale), (table[codes] * scale.reshape(by_channel)).astype(dtype))
     if word == "grid":
         dense = (codes.astype(np.float32) - zero_point[:1]) * scale[:1]
         return Coding(codes, UniformGrid(scale[:1], zero_point[:1], None), dense.astype(dtype))
     dense = (codes.astype(np.float32) - zero_point.reshape(by_channel)) * scale.reshape(by_channel)
-    return Coding(codes, UniformGrid(scale, zero_point, axis), dense.astype(dtype))
+    return Coding(codes, UniformGrid(scale, zero_point, tile), dense.astype(dtype))
 
 
 def dense_model(dense: Array, opset: int, place: str) -> onnx.ModelProto:
@@ -195,6 +199,102 @@ def test_every_float_type(word: str, dtype: np.dtype[Any], tmp_path: Path) -> No
         if dtype != BFLOAT16 or opset >= 13:  # before it the standard has no op for bfloat16
             for bits in (1, 5, 8):
                 assert_exact(coding(word, bits, (3, 5, 7), dtype), bits, opset, "main", tmp_path)
+
+
+TILED_WORDS = ("grid", "grid of one zero point", "scaled codebook", "codebook per tile")
+
+
+def tiled(word: str, bits: int, shape: tuple[int, ...], tile: tuple[int, ...], dtype: np.dtype[Any] = DTYPES[2]) -> Coding:
+    """Returns a coding of tiles; each is filled by itself."""
+    rng = np.random.default_rng(bits)
+    corners = list(product(*(range(0, size, part) for size, part in zip(shape, tile, strict=True))))
+    codes = rng.integers(0, 2**bits, shape).astype(np.uint8)
+    scale = rng.uniform(-2, 2, len(corners)).astype(np.float16).astype(np.float32)
+    zero_point = rng.integers(0, 2**bits, len(corners)).astype(np.float32)
+    book = rng.standard_normal(2**bits).astype(np.float16)
+    books = rng.standard_normal((len(corners), 2**bits)).astype(dtype)
+    dense = np.empty(shape, dtype)
+    for number, corner in enumerate(corners):
+        box = tuple(slice(start, start + part) for start, part in zip(corner, tile, strict=True))
+        dense[box] = {
+            "grid": (codes[box].astype(np.float32) - zero_point[number]) * scale[number],
+            "grid of one zero point": (codes[box].astype(np.float32) - zero_point[0]) * scale[number],
+            "scaled codebook": book.astype(np.float32)[codes[box]] * scale[number],
+            "codebook per tile": books[number][codes[box]],
+        }[word].astype(dtype)
+    values: dict[str, Codebook | UniformGrid] = {
+        "grid": UniformGrid(scale, zero_point, tile),
+        "grid of one zero point": UniformGrid(scale, zero_point[:1], tile),
+        "scaled codebook": Codebook(book, tile, scale),
+        "codebook per tile": Codebook(books, tile),
+    }
+    return Coding(codes, values[word], dense)
+
+
+TILINGS = [
+    ((6, 8), (1, 4)),
+    ((6, 8), (2, 8)),
+    ((7, 9), (3, 4)),  # neither comes out even
+    ((9, 7), (4, 1)),
+    ((6, 8, 3, 2), (1, 5, 3, 2)),  # a Conv in blocks of channels
+    ((2, 9, 4), (2, 4, 2)),  # several matrices
+]
+
+
+@pytest.mark.parametrize(("shape", "tile"), TILINGS)
+@pytest.mark.parametrize("word", TILED_WORDS)
+def test_tiles_share_what_stands_for_them(word: str, shape: tuple[int, ...], tile: tuple[int, ...], tmp_path: Path) -> None:
+    for bits in (2, 5, 8):
+        assert_exact(tiled(word, bits, shape, tile), bits, 17, "main", tmp_path)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_tiles_at_every_opset_and_place(opset: int, tmp_path: Path) -> None:
+    for index, word in enumerate(TILED_WORDS):
+        for place in ("main", "branch", "loop", "function"):
+            if place != "function" or opset >= 9:
+                assert_exact(tiled(word, 3 + index, (7, 9), (3, 4)), 3 + index, opset, place, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+def test_tiles_of_every_float_type(dtype: np.dtype[Any], tmp_path: Path) -> None:
+    for word in TILED_WORDS:
+        for opset in (7, 13, 21) if dtype != BFLOAT16 else (13, 21):
+            assert_exact(tiled(word, 4, (7, 9), (3, 4), dtype), 4, opset, "main", tmp_path)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    word=st.sampled_from(TILED_WORDS),
+    bits=st.integers(1, 8),
+    sides=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 14)), min_size=2, max_size=4),
+)
+def test_tiles_of_any_size(word: str, bits: int, sides: list[tuple[int, int]], tmp_path: Path) -> None:
+    shape = tuple(size for size, _ in sides)
+    assert_exact(tiled(word, bits, shape, tuple(min(pair) for pair in sides)), bits, 13, "main", tmp_path)
+
+
+def test_more_tiles_than_a_byte_counts(tmp_path: Path) -> None:
+    assert_exact(tiled("scaled codebook", 4, (2, 700), (1, 2)), 4, 17, "main", tmp_path)
+
+
+def test_scales_of_tiles_take_two_bytes_and_their_places_one(tmp_path: Path) -> None:
+    made = tiled("grid of one zero point", 4, (100, 402), (1, 32))
+    graph = load(dense_model(made.dense, 17, "main"))
+    counted = encode(graph, made, 4)
+    assert 0 < counted - made.codes.size // 2 - 2 * 100 * 13 - 402 < 700
+
+
+@pytest.mark.parametrize("word", ["codebook", "codebook per channel", "grid per channel"])
+def test_rows_looked_up_in_a_decoded_weight_are_its_readers(word: str) -> None:
+    """Numbers of tiles are looked up by constants too; but those have an axis for each of the weight's."""
+    made = coding(word, 4, (3, 5, 7))
+    node = helper.make_node("Gather", ["w", "ids"], ["y"])
+    ids = value("ids", np.array([0, 2], np.int64))
+    model = make_model([node], [], [tensor("y", [2, 5, 7])], [value("w", made.dense), ids], opset=17)
+    graph = load(model)
+    encode(graph, made, 4)
+    assert [found.output.name for found in coded_weights(graph)] == ["w"]
 
 
 def test_the_first_opset_is_the_first_that_is_tested() -> None:

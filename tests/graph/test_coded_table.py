@@ -154,7 +154,7 @@ def graph_of(nodes: str, tables: str = "") -> Graph:
 
 COUNT = np.arange(14, dtype=np.uint8).reshape(7, 2)
 BOOK = Coding(COUNT, Codebook(np.arange(14, dtype=np.float32)), COUNT.astype(np.float32))
-GRID = Coding(COUNT, UniformGrid(np.ones(7, np.float32), np.zeros(7, np.float32), 0), COUNT.astype(np.float32))
+GRID = Coding(COUNT, UniformGrid(np.ones(7, np.float32), np.zeros(7, np.float32), (1, *COUNT.shape[1:])), COUNT.astype(np.float32))
 
 
 class TestWhichTables:
@@ -365,6 +365,6 @@ def skewed(word: str, bits: int) -> Coding:
         if made.values.scale is not None:
             dense = dense * made.values.scale[:, None]
         return Coding(draws, made.values, dense)
-    along = (-1, 1) if made.values.axis == 0 else ()
+    along = (-1, 1) if made.values.tile is not None else ()
     zero_point = made.values.zero_point.reshape(along)
     return Coding(draws, made.values, (draws.astype(np.float32) - zero_point) * made.values.scale.reshape(along))

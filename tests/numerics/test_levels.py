@@ -1,4 +1,4 @@
-"""Tests of levels: every kind against the nearest of all its values, codes that come back, rows, and how levels are chosen."""
+"""Tests of levels: every kind against the nearest of all its values, codes that come back, rows, blocks, and rounding."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxshrink.numerics.cells import Cells
 from onnxshrink.numerics.feedback import feedback, round_with_feedback
-from onnxshrink.numerics.grids import Grid, fit_grid
-from onnxshrink.numerics.levels import (
-    MOST_STEPS,
-    BookLevels,
-    GridLevels,
-    RowBookLevels,
-    by_channel,
-    cluster_levels,
-    round_rows,
-    row_scales,
-    step_levels,
-)
+from onnxshrink.numerics.grids import Grid
+from onnxshrink.numerics.levels import BlockLevels, BookLevels, GridLevels, RowBookLevels, placed, round_rows
 
 ROWS = 5
 KINDS = ["grid", "book", "scaled book", "row books"]
@@ -118,70 +109,6 @@ def test_halves_go_where_nearest_sends_them():
         np.testing.assert_array_equal(levels.values(levels.codes(column[:, None]))[:, 0], [-1, 0, 2])
 
 
-@given(seed=st.integers(0, 10**6), reach=st.sampled_from([1.0, 1e-3, 300.0]), columns=st.integers(1, 30))
-def test_steps_are_kept_unless_a_byte_is_too_small(seed, reach, columns):
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((ROWS, columns)) * reach
-    step = np.exp(rng.standard_normal(ROWS)).astype(np.float32)
-    levels = step_levels(rows, step)
-    scale = levels.grid.scale
-    coarser = scale.astype(np.float64) / step
-    np.testing.assert_allclose(coarser, coarser[0], rtol=1e-6)
-    largest = (np.abs(rows) / step[:, None]).max()
-    assert coarser[0] == pytest.approx(max(1.0, largest / MOST_STEPS), rel=1e-6)
-    decoded = levels.values(levels.codes(rows))
-    assert np.all(np.abs(decoded - rows) <= scale[:, None] * (0.5 + 1e-4))
-    assert set(levels.codes(np.zeros((ROWS, 2))).ravel()) == {MOST_STEPS + 1}
-    beyond = np.full(ROWS, (MOST_STEPS + 1) * scale)  # feedback may ask for a step more, either way
-    np.testing.assert_allclose(levels.snap(beyond), beyond)
-    np.testing.assert_allclose(levels.snap(-beyond), -beyond)
-
-
-def test_steps_of_nothing_are_kept():
-    step = np.full(2, 0.25, np.float32)
-    np.testing.assert_array_equal(step_levels(np.zeros((2, 3)), step).grid.scale, step)
-    np.testing.assert_array_equal(step_levels(np.zeros((2, 0)), step).grid.scale, step)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
-@pytest.mark.parametrize(("each", "scaled"), [(False, False), (False, True), (True, False)])
-def test_clusters_err_less_than_a_grid_of_as_many_levels(dtype, each, scaled):
-    rng = np.random.default_rng(0)
-    rows = (rng.standard_t(4, (ROWS, 400)) * 0.1).astype(dtype)
-    wide = rows.astype(np.float64)
-    levels = cluster_levels(rows, 16, each=each, scaled=scaled)
-    grid = GridLevels(fit_grid(rows, 4))
-    errors = [np.sum((one.values(one.codes(rows)).astype(np.float64) - wide) ** 2) for one in (levels, grid)]
-    assert errors[0] < errors[1] * 1.02
-    assert levels.count == (1 if not (each or scaled) else ROWS)
-
-
-@pytest.mark.parametrize(("each", "scaled"), [(False, False), (False, True), (True, False)])
-@pytest.mark.parametrize(("zeros", "kept"), [(100, True), (10, False)])
-def test_zero_has_an_entry_where_it_is_common(each, scaled, zeros, kept):
-    rows = np.random.default_rng(0).uniform(1, 2, (ROWS, 160)).astype(np.float32)
-    rows[:, :zeros] = 0.0
-    levels = cluster_levels(rows, 8, each=each, scaled=scaled)
-    decoded = levels.values(levels.codes(rows))
-    assert np.all(decoded[:, :zeros] == 0) or not kept
-
-
-def test_scales_lie_between_the_greatest_and_the_rms():
-    rows = np.random.default_rng(0).standard_normal((ROWS, 50)) * np.logspace(-30, 30, ROWS)[:, None]
-    rows[2] = 0.0
-    expected = np.sqrt(np.abs(rows).max(axis=1) * np.sqrt(np.mean(rows**2, axis=1)))
-    expected[2] = 1.0
-    np.testing.assert_allclose(row_scales(rows), expected, rtol=1e-5)
-
-
-def test_rows_of_a_channel_stand_side_by_side():
-    matrix, channels = np.arange(12).reshape(6, 2), np.array([1, 0, 2, 1, 0, 2])
-    expected = [
-        np.concatenate([row for row, own in zip(matrix, channels, strict=True) if own == each]) for each in range(3)
-    ]
-    np.testing.assert_array_equal(by_channel(matrix, channels), expected)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_whole_matrices_are_rounded_group_by_group(kind, frozen):
@@ -200,3 +127,84 @@ def test_whole_matrices_are_rounded_group_by_group(kind, frozen):
     plain = round_rows(matrix, None, levels, zeros)
     nearest = np.stack([levels.snap(column) for column in matrix.T], axis=1)
     np.testing.assert_array_equal(plain, nearest if zeros is None else np.where(zeros, 0, nearest))
+
+
+BLOCKS = np.array([0, 0, 1, 1, 1, 0, 2, 2, 1, 2])
+CELLS = Cells(np.array([1, 0, 0, 2, 1, 2]), BLOCKS)
+
+
+def levels_of_cells(kind):
+    """Returns levels of the 9 cells, and for each element of the matrix what it may become, [6, 10, values]."""
+    drawn = [some_levels(kind, 16, seed) for seed in (1, 2)]
+    if kind == "book":
+        return drawn[0][0], np.broadcast_to(drawn[0][1][0], (6, 10, 16))
+    levels, every = (pair[0] for pair in drawn), np.concatenate([pair[1] for pair in drawn])
+    one, other = levels
+    if kind == "grid":
+        numbers = (np.concatenate([getattr(own.grid, name) for own in (one, other)]) for name in ("scale", "zero_point"))
+        joined = GridLevels(Grid(*numbers, one.grid.bits))
+    elif kind == "row books":
+        joined = RowBookLevels(np.concatenate([one.codebooks, other.codebooks]))
+    else:
+        joined = BookLevels(one.codebook, np.concatenate([one.scale, -other.scale]))
+        every = one.codebook.astype(np.float64) * joined.scale[:, None]
+    return joined.rows(np.arange(9)), every[CELLS.rows[:, None] * 3 + BLOCKS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_get_the_nearest_level_of_their_cell(kind):
+    levels, every = levels_of_cells(kind)
+    of_matrix = placed(levels, CELLS)
+    assert isinstance(of_matrix, BlockLevels) == (kind != "book")
+    matrix = np.random.default_rng(5).standard_normal((6, 10)) * 2
+    snapped = np.stack([of_matrix.snap(matrix[:, column], column) for column in range(10)], axis=1)
+    least = np.abs(every - matrix[:, :, None]).min(axis=2)
+    np.testing.assert_allclose(np.abs(snapped - matrix), least, atol=1e-6)
+    codes = of_matrix.codes(matrix)
+    np.testing.assert_array_equal(of_matrix.values(codes), snapped.astype(np.float32))
+    np.testing.assert_array_equal(of_matrix.rounded(matrix), snapped)
+    some = np.array([4, 0])
+    np.testing.assert_array_equal(of_matrix.rows(some).codes(matrix[some]), codes[some])
+    assert of_matrix.count == (1 if kind == "book" else 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_feedback_snaps_to_the_levels_of_the_column(kind):
+    """Columns are rounded in the order of their inputs' size, so it is the original column that must be told."""
+    levels, every = levels_of_cells(kind)
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((6, 10))
+    positions = rng.standard_normal((50, 10)) @ rng.standard_normal((10, 10)) * np.exp(rng.standard_normal(10))
+    gram = positions.T @ positions
+    assert (feedback(gram).order != np.arange(10)).any()
+    rounded = round_rows(matrix, gram[None], placed(levels, CELLS))
+
+    def nearest(wanted, column):
+        own = every[:, column]
+        return own[np.arange(6), np.abs(own - wanted[:, None]).argmin(axis=1)]
+
+    np.testing.assert_allclose(rounded, round_with_feedback(matrix, feedback(gram), nearest), rtol=1e-6)
+
+
+@pytest.mark.parametrize("price", [None, -0.2 * np.log2(np.array([0.02, 0.08, 0.8, 0.1]))], ids=["free", "priced"])
+def test_blocks_round_as_if_each_were_alone(price):
+    grid = Grid(np.array([0.5, 0.25, 1.0, 2.0], np.float32), np.full(4, 2.0, np.float32), 2)
+    matrix = np.random.default_rng(0).standard_normal((2, 5))
+    cells = Cells(np.array([0, 1]), np.array([0, 0, 1, 1, 1]))
+    rounded = round_rows(matrix, None, placed(GridLevels(grid, price), cells))
+    for block, columns in enumerate((slice(0, 2), slice(2, 5))):
+        own = Grid(grid.scale[block::2], grid.zero_point[block::2], 2)
+        np.testing.assert_array_equal(rounded[:, columns], GridLevels(own, price).snap(matrix[:, columns]))
+
+
+def test_who_has_a_level_for_zero_says_so():
+    zero, none = np.array([-1.0, 0.0, 1.0]), np.array([-1.0, 0.5, 1.0])
+    scale = np.ones(1, np.float32)
+    grid = GridLevels(Grid(scale, np.zeros(1, np.float32), 1))
+    assert grid.has_zero
+    assert BookLevels(zero, scale).has_zero
+    assert not BookLevels(none, scale).has_zero
+    assert RowBookLevels(np.stack([zero, zero])).has_zero
+    assert not RowBookLevels(np.stack([zero, none])).has_zero
+    assert BlockLevels((grid, BookLevels(zero)), BLOCKS).has_zero
+    assert not BlockLevels((grid, BookLevels(none)), BLOCKS).has_zero

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxshrink.errors import OptionError
 from onnxshrink.numerics import masks as module
 from onnxshrink.numerics.chunks import tiles
-from onnxshrink.numerics.masks import Pattern, expand_units, keep_largest, n_m_mask, scores, split_global
+from onnxshrink.numerics.masks import choose, keep_largest, n_m_mask, split_global
+from onnxshrink.numerics.patterns import Pattern, expand_units, scores, unit_sizes
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -28,82 +28,6 @@ score_arrays = hnp.arrays(st.sampled_from([np.float32, np.float64]), hnp.array_s
 shares = st.one_of(st.floats(0, 1), st.integers(0, 20).map(lambda i: i / 20))
 blocks = st.builds(Pattern, st.just("block"), st.integers(1, 4), st.integers(1, 4))
 n_of_m = st.integers(2, 6).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
-
-
-class TestPattern:
-    @pytest.mark.parametrize(
-        ("text", "pattern"),
-        [
-            ("unstructured", Pattern("unstructured")),
-            ("2:4", Pattern("n:m", 2, 4)),
-            ("4:8", Pattern("n:m", 4, 8)),
-            ("1x4", Pattern("block", 1, 4)),
-            ("16x1", Pattern("block", 16, 1)),
-        ],
-    )
-    def test_text_and_back(self, text, pattern):
-        assert Pattern.parse(text) == pattern
-        assert str(pattern) == text
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("0:4", "N of N:M must be at least 1 and below M, got 0:4; 2:4 keeps 2 of 4"),
-            ("5:4", "N of N:M must be at least 1 and below M, got 5:4"),
-            ("4:4", "N of N:M must be at least 1 and below M, got 4:4"),
-            ("2:0", "N of N:M must be at least 1 and below M, got 2:0"),
-            ("0x1", "sides of a block must be at least 1, got 0x1"),
-            ("4x0", "sides of a block must be at least 1, got 4x0"),
-            ("", "text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got ''"),
-            ("2:4:8", "text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got '2:4:8'"),
-            ("-1x4", "text must be unstructured, N:M"),
-            ("2/4", "text must be unstructured, N:M"),
-            ("Unstructured", "text must be unstructured, N:M"),
-        ],
-    )
-    def test_nonsense_is_refused(self, text, message):
-        with pytest.raises(OptionError, match=f"^pattern: {message}"):
-            Pattern.parse(text)
-        assert issubclass(OptionError, ValueError)
-
-
-class TestScores:
-    @given(matrices, st.one_of(st.just(Pattern("unstructured")), st.just(Pattern("n:m", 2, 4))))
-    def test_elements_are_scored_by_magnitude(self, matrix, pattern):
-        found = scores(matrix, pattern)
-        assert found.dtype == matrix.dtype
-        assert np.array_equal(found, np.abs(matrix))
-
-    @given(matrices, blocks)
-    def test_blocks_are_scored_by_the_root_mean_square_of_their_members(self, matrix, pattern):
-        found = scores(matrix, pattern)
-        rows, cols = -(-matrix.shape[0] // pattern.n), -(-matrix.shape[1] // pattern.m)
-        assert found.shape == (rows, cols)
-        for row in range(rows):
-            for col in range(cols):
-                block = matrix[row * pattern.n : (row + 1) * pattern.n, col * pattern.m : (col + 1) * pattern.m]
-                expected = np.sqrt(np.mean(np.square(block, dtype=np.float64)))
-                # sums of 16 float64 may differ by 16 roundings; float32 has no finer numbers than 2^-149
-                rel = 2.0**-23 if found.dtype == np.float32 else 16 * 2.0**-52
-                assert found[row, col] == pytest.approx(expected, rel=rel, abs=2.0**-149)
-
-    @pytest.mark.parametrize("dtype", FLOATS)
-    @pytest.mark.parametrize("pattern", ["unstructured", "3x5"])
-    def test_every_dtype_and_layout_and_tile(self, dtype, pattern, monkeypatch):
-        parsed = Pattern.parse(pattern)
-        matrix = np.random.default_rng(0).standard_normal((20, 33)).astype(dtype)
-        found = scores(matrix, parsed)
-        assert found.dtype == (np.float64 if dtype is np.float64 else np.float32)
-        assert np.array_equal(scores(np.asfortranarray(matrix), parsed), found)
-        assert np.array_equal(found, scores(matrix.astype(found.dtype), parsed))
-        monkeypatch.setattr(module, "tiles", lambda shape, _, n, m: tiles(shape, 40, n, m))
-        assert np.array_equal(scores(matrix, parsed), found)
-
-    def test_bad_matrices_are_refused(self):
-        with pytest.raises(ValueError, match=r"scores: matrix must be 2-D, got shape \(3,\)"):
-            scores(np.ones(3), Pattern("unstructured"))
-        with pytest.raises(ValueError, match="scores: values must be finite"):
-            scores(np.array([[np.nan]]), Pattern("block", 1, 2))
 
 
 def removed_first(ranked, count):
@@ -198,30 +122,6 @@ class TestSplitGlobal:
             split_global([np.ones(2), np.ones(3)], 0.5, weights=weights)
 
 
-class TestExpand:
-    @given(blocks, st.integers(0, 9), st.integers(0, 9), st.randoms(use_true_random=False))
-    def test_a_unit_covers_its_elements(self, pattern, rows, cols, random):
-        keep = np.array(
-            [[random.random() < 0.5 for _ in range(-(-cols // pattern.m))] for _ in range(-(-rows // pattern.n))]
-        )
-        keep = keep.reshape(-(-rows // pattern.n), -(-cols // pattern.m)).astype(np.bool_)
-        mask = expand_units(keep, pattern, (rows, cols))
-        assert mask.flags.c_contiguous
-        assert mask.shape == (rows, cols)
-        for row in range(rows):
-            for col in range(cols):
-                assert mask[row, col] == keep[row // pattern.n, col // pattern.m]
-
-    @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-    def test_elements_stand_for_themselves(self, pattern):
-        keep = np.array([[True, False, True]])
-        assert np.array_equal(expand_units(keep, Pattern.parse(pattern), (1, 3)), keep)
-
-    def test_other_shapes_are_refused(self):
-        with pytest.raises(ValueError, match=r"expand_units: keep must be of shape \(2, 3\), got shape \(3, 2\)"):
-            expand_units(np.ones((3, 2), np.bool_), Pattern("block", 2, 2), (4, 5))
-
-
 class TestNofM:
     @given(matrices, n_of_m)
     def test_keeps_the_largest_of_each_group_and_of_equals_the_last(self, matrix, n_m):
@@ -282,3 +182,58 @@ class TestTwice:
         masks = masks_of(layers)
         again = masks_of([np.where(mask, v, 0).astype(v.dtype) for mask, v in zip(masks, layers, strict=True)])
         assert all(np.array_equal(a, b) for a, b in zip(again, masks, strict=True))
+
+
+class TestChoose:
+    @given(matrices, st.one_of(st.sampled_from([Pattern("unstructured"), Pattern("rows"), Pattern("columns")]), blocks), shares)
+    def test_what_goes_is_a_beginning_of_the_line_as_long_as_the_share_allows(self, matrix, pattern, share):
+        mask = choose(matrix, pattern, share)
+        sizes, units = unit_sizes(pattern, matrix.shape), scores(matrix, pattern)
+        keep = mask[tuple(slice(None, None, side) for side in pattern.sides(matrix.shape))]
+        assert np.array_equal(expand_units(keep, pattern, matrix.shape), mask)
+        order = np.argsort(units, axis=None, kind="stable")
+        budget = int(np.floor(share * matrix.size + 1e-9))
+        count = int(np.searchsorted(np.cumsum(sizes.ravel()[order]), budget, side="right"))
+        assert set(np.flatnonzero(~keep.ravel())) == set(order[:count])
+
+    @given(matrices, blocks, shares)
+    def test_the_share_is_right_to_less_than_a_unit_with_partial_blocks(self, matrix, pattern, share):
+        removed = np.sum(~choose(matrix, pattern, share))
+        budget = int(np.floor(share * matrix.size + 1e-9))
+        assert budget - pattern.n * pattern.m < removed <= budget
+
+    @given(matrices, shares, st.integers(0, 9))
+    def test_frozen_weights_go_first_and_count(self, matrix, share, seed):
+        frozen = np.random.default_rng(seed).random(matrix.shape) < 0.3
+        mask = choose(np.abs(matrix), Pattern("unstructured"), share, frozen=frozen)
+        assert not mask[frozen].any()
+        assert np.sum(~mask) == max(int(np.floor(share * matrix.size + 1e-9)), frozen.sum())
+        kept, gone = np.abs(matrix)[mask], np.abs(matrix)[~mask & ~frozen]
+        assert not kept.size or not gone.size or gone.max() <= kept.min()
+
+    @given(matrices, n_of_m, st.integers(0, 9))
+    def test_n_of_m_has_its_own_share(self, matrix, n_m, seed):
+        frozen = np.random.default_rng(seed).random(matrix.shape) < 0.3
+        pattern = Pattern("n:m", *n_m)
+        assert np.array_equal(choose(matrix, pattern), n_m_mask(matrix, *n_m))
+        expected = n_m_mask(np.where(frozen, 0, matrix), *n_m) & ~frozen
+        assert np.array_equal(choose(matrix, pattern, frozen=frozen), expected)
+
+    def test_bad_arguments_are_refused(self):
+        with pytest.raises(ValueError, match="choose: share_removed must be given for 1x4, got None"):
+            choose(np.ones((2, 4)), Pattern("block", 1, 4))
+        with pytest.raises(ValueError, match=r"choose: frozen must be of shape \(2, 4\), got shape \(4, 2\)"):
+            choose(np.ones((2, 4)), Pattern("rows"), 0.5, frozen=np.ones((4, 2), np.bool_))
+
+    @given(st.lists(st.tuples(matrices, blocks), max_size=3), shares)
+    def test_units_of_different_sizes_compete_between_layers(self, layers, share):
+        ranked = [scores(matrix, pattern) for matrix, pattern in layers]
+        sizes = [unit_sizes(pattern, matrix.shape) for matrix, pattern in layers]
+        keeps = split_global(ranked, share, weights=sizes)
+        scored = np.concatenate([np.zeros(0), *map(np.ravel, ranked)])
+        counts = np.concatenate([np.zeros(0, int), *map(np.ravel, sizes)])
+        order = np.argsort(scored, kind="stable")
+        fit = int(np.searchsorted(np.cumsum(counts[order]), np.floor(share * counts.sum() + 1e-9), side="right"))
+        expected = np.ones(scored.size, np.bool_)
+        expected[order[:fit]] = False
+        assert np.array_equal(np.concatenate([np.zeros(0, np.bool_), *map(np.ravel, keeps)]), expected)

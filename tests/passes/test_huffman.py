@@ -345,3 +345,20 @@ class TestOtherRooms:
         assert set(found) == {"w0", "w1"}
         assert all(info.coded and 3 < info.bits < 5.5 for info in found.values())
         assert len(report.changes) == 2
+
+
+def test_what_a_model_multiplies_a_decoded_weight_by_is_no_scale(tmp_path: Path) -> None:
+    """The weight ends before: as a product with what is known only at run time, it would not be folded."""
+    codes = np.random.default_rng(0).binomial(15, 0.05, (200, 300)).astype(np.uint8)
+    nodes = [
+        helper.make_node("Cast", ["codes"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["wide", "zero"], ["w"]),
+        helper.make_node("Mul", ["w", "x"], ["y"]),
+    ]
+    values = [oracle.value("codes", codes), oracle.value("zero", np.float32(1))]
+    model = oracle.make_model(nodes, [oracle.tensor("x", [300])], [oracle.tensor("y", [200, 300])], values, opset=17)
+    graph = load(model)
+    assert [found.site for found in coded_weights(graph)] == ["w"]
+    coded, report = apply(graph)
+    assert [change.site for change in report.changes] == ["w"]
+    assert_same(graph, coded, tmp_path)

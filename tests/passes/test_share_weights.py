@@ -19,6 +19,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxshrink import compress, expand
+from onnxshrink import load as load_session
 from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Change, Context, Report, Rule
 from onnxshrink.errors import OptionError
@@ -29,6 +31,7 @@ from onnxshrink.graph.files import load
 from onnxshrink.inputs import Feeds, Samples
 from onnxshrink.numerics.clusters import kmeans_1d, kmeans_rows, nearest, nearest_rows
 from onnxshrink.numerics.grids import decode, encode, fit_grid
+from onnxshrink.passes.huffman import Huffman
 from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.tidy import Tidy
 from onnxshrink.testing import check_pass
@@ -498,6 +501,24 @@ class TestOptions:
                 "share-weights: bits-per-weight and sqnr both set the steps; give one of them",
             ),
             ({"step": 0.3, "sqnr": 30.0}, "share-weights: sqnr and step both set the steps; give one of them"),
+            ({"block": 3}, "share-weights: block must be a whole number from 4 to 65536, got 3"),
+            ({"channels_per_scale": 0}, "share-weights: channels-per-scale must be a whole number from 1 to 65536, got 0"),
+            (
+                {"block": 32, "sqnr": 30.0},
+                "share-weights: sqnr gives every channel a step of its own; leave out block",
+            ),
+            (
+                {"block": 32, "channels_per_scale": 2, "bits_per_weight": 3.0},
+                "share-weights: bits-per-weight gives every channel a step of its own; leave out block and channels-per-scale",
+            ),
+            (
+                {"channels_per_scale": 2, "per": "tensor"},
+                "share-weights: per=tensor has no scales to share; leave out per=tensor or channels-per-scale",
+            ),
+            (
+                {"block": 32, "per": "channel"},
+                "share-weights: a set of values for every block would outweigh its codes; block wants per=scale",
+            ),
         ],
     )
     def test_that_make_no_sense_are_refused(self, options: dict[str, Any], message: str) -> None:
@@ -541,6 +562,169 @@ class TestOptions:
         assert ShareWeights(bits=2).sites_are_independent
         assert not ShareWeights(bits_per_weight=2).sites_are_independent
         assert not ShareWeights(sqnr=30).sites_are_independent
+
+
+def of_op(op: str, *shape: int, operand: int = 1, **attributes: Any) -> onnx.ModelProto:
+    """Returns one node that computes with a weight w of a shape, whose sizes differ along all axes."""
+    weight = normal(*shape)
+    for axis, size in enumerate(shape):
+        weight *= np.geomspace(0.3, 3, size).astype(np.float32).reshape([-1 if at == axis else 1 for at in range(len(shape))])
+    values, x = [oracle.value("w", weight)], {"Conv": 4, "LSTM": 3}.get(op, 2)
+    inputs = ["x", "w"] if operand == 1 else ["w", "x"]
+    if op == "LSTM":
+        inputs.append("r")
+        values.append(oracle.value("r", np.resize(normal(2), (shape[0], shape[1], shape[1] // 4))))
+    node = helper.make_node(op, inputs, ["y"], **attributes)
+    shape_in = {
+        "Conv": [1, shape[1] * attributes.get("group", 1), 5, 5], "LSTM": [2, 1, shape[-1]], "ConvTranspose": [1, shape[0], 5, 5]
+    }.get(op, [2, shape[1] if attributes.get("transB") else shape[0]] if operand == 1 else [shape[1], 2])
+    rank = {"Conv": 4, "ConvTranspose": 4, "LSTM": 4}.get(op, x)
+    return oracle.make_model([node], [oracle.tensor("x", shape_in)], [oracle.tensor("y", [None] * rank)], values)
+
+
+class TestTiles:
+    """The scales are read from the file, spread by hand over the tiles that are wanted, and divided out of what ONNX Runtime decodes."""
+
+    CASES = (
+        ("Conv", of_op("Conv", 24, 40, 3, 3), 0, 1),
+        ("Conv in groups", of_op("Conv", 24, 40, 3, 3, group=2), 0, 1),
+        ("ConvTranspose", of_op("ConvTranspose", 40, 24, 3, 3), 1, 0),
+        ("MatMul, right", of_op("MatMul", 100, 24), 1, 0),
+        ("MatMul, left", of_op("MatMul", 24, 100, operand=0), 0, 1),
+        ("Gemm", of_op("Gemm", 100, 24), 1, 0),
+        ("Gemm, transB", of_op("Gemm", 24, 100, transB=1), 0, 1),
+        ("LSTM", of_op("LSTM", 2, 24, 100, hidden_size=6, direction="bidirectional"), 1, 2),
+    )
+
+    @pytest.mark.parametrize(("channels", "block"), [(1, 32), (1, 20), (4, None), (5, 32), (24, 16)])
+    @pytest.mark.parametrize("method", ["kmeans", "uniform"])
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+    def test_share_one_scale(self, case: Any, method: str, channels: int, block: int | None) -> None:
+        _, model, channel_axis, summed_axis = case
+        values = initializers(model)["w"]
+        subject = ShareWeights(bits=4, method=method, channels_per_scale=channels, block=block)
+        result, report = run(subject, model)
+        got = decoded(result)
+        stored = initializers(result)["w.scale"]
+        tile = list(values.shape)
+        tile[channel_axis] = channels
+        tile[summed_axis] = block or tile[summed_axis]
+        assert stored.shape == tuple(-(-size // part) for size, part in zip(values.shape, tile, strict=True))
+        assert stored.dtype == (np.float16 if block is not None and stored.size >= 32 else np.float32)
+        scale = stored.astype(np.float32)
+        for axis, part in enumerate(tile):
+            scale = np.take(np.repeat(scale, part, axis), np.arange(values.shape[axis]), axis)
+        if method == "uniform":
+            steps = got / scale
+            np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+            least = steps.min() if block is not None else -15
+            assert steps.max() - least < 31
+        else:
+            book = initializers(result)["w.codebook"].astype(np.float32)
+            assert book.size == 16
+            assert (np.abs(got[..., None] - book * scale[..., None]).min(axis=-1) <= 1e-6 * np.abs(got)).all()
+        error = np.linalg.norm(got - values) / np.linalg.norm(values)
+        assert error < (0.15 if method == "kmeans" and block is not None else 0.35)
+        assert same_outputs(with_weight(model, got), result)
+        (change,) = [change for change in report.changes if change.site == "w"]
+        assert ("blocks of" in change.detail) == (block is not None)
+        assert ("groups of" in change.detail or "group of" in change.detail) == (channels > 1)
+
+    @pytest.mark.parametrize("options", [{"block": 32}, {"channels_per_scale": 8}, {"block": 25, "channels_per_scale": 3}], ids=str)
+    @pytest.mark.parametrize("method", ["kmeans", "uniform"])
+    @pytest.mark.parametrize("share", [0.4, 0.7])
+    def test_keep_zeros(self, share: float, method: str, options: dict[str, int]) -> None:
+        weight = uneven(200, 24) + np.float32(0.02)
+        weight[np.abs(weight) < np.quantile(np.abs(weight), share, axis=0)] = 0
+        for bits, feeds in ((2, ()), (4, samples_of(200))):
+            result, _ = run(ShareWeights(bits=bits, method=method, **options), dense(weight), feeds=feeds)
+            got = decoded(result)
+            assert not got[weight == 0].any()
+            assert got[weight != 0].any()
+
+    @pytest.mark.parametrize("method", ["kmeans", "uniform"])
+    def test_are_coded_the_same_at_every_opset(self, method: str) -> None:
+        weight, found = uneven(100, 24), []
+        for opset in OPSETS:
+            got, _, _ = shared(ShareWeights(bits=4, method=method, block=32, channels_per_scale=5), weight, opset)
+            found.append(got.tobytes())
+        assert len(set(found)) == 1
+
+    @pytest.mark.parametrize("block", [16, 64])
+    def test_err_less_the_smaller_they_are(self, block: int) -> None:
+        weight = normal(256, 64) * np.repeat(np.geomspace(0.1, 1, 16), 16)[:, None].astype(np.float32)
+        for method in ("kmeans", "uniform"):
+            errors = [
+                float(np.sum((shared(ShareWeights(bits=4, method=method, block=size), weight)[0] - weight) ** 2.0))
+                for size in (block, 2 * block, None)
+            ]
+            assert errors == sorted(errors)
+
+    @pytest.mark.parametrize("repair", [True, False])
+    def test_make_up_for_errors_with_calibration_data(self, repair: bool) -> None:
+        model, feeds = network(), samples(6)
+        subject = ShareWeights(bits=3, block=16, channels_per_scale=2, repair=repair)
+        result, report = run(subject, model, feeds=feeds)
+        assert all(("error feedback" in change.detail) == repair for change in report.changes)
+        plain, _ = run(subject, model)
+        gain = sqnr(result, model, samples(6, seed=900)) - sqnr(plain, model, samples(6, seed=900))
+        assert gain > 2 if repair else gain == 0
+
+    @pytest.mark.parametrize("options", [{"block": 32}, {"block": 32, "method": "uniform"}, {"channels_per_scale": 4}], ids=str)
+    def test_go_through_huffman_coding_and_back(self, options: dict[str, Any], tmp_path: Path) -> None:
+        weight = np.random.default_rng(0).laplace(size=(300, 200)).astype(np.float32)
+        model = dense(np.where(np.abs(weight) < 1.2, np.float32(0), weight))
+        small = compress(model, [ShareWeights(bits=5, **options), Huffman()])
+        assert [step.outcome for step in small.report.passes] == ["kept", "kept"]
+        shared_alone = compress(model, [ShareWeights(bits=5, **options)]).to_model()
+        path = tmp_path / "small.onnx"
+        small.save(path)
+        assert decoded(onnx.load(path)).tobytes() == decoded(shared_alone).tobytes()
+        assert same_outputs(shared_alone, onnx.load(path))
+        feeds = oracle.random_feeds(oracle.session(model))
+        (expected,) = oracle.run(oracle.session(shared_alone), feeds)
+        np.testing.assert_array_equal(load_session(path).run(None, feeds)[0], expected)
+        expand(path).save(tmp_path / "dense.onnx")
+        (again,) = onnx.load(tmp_path / "dense.onnx").graph.initializer
+        assert onnx.numpy_helper.to_array(again).tobytes() == decoded(shared_alone).tobytes()
+        if options.get("method") == "uniform":  # the zero point goes into the codes, and the scale into one node
+            assert {"Sub", "Reshape"}.isdisjoint(node.op_type for node in onnx.load(path).graph.node)
+
+    def test_are_not_coded_twice(self) -> None:
+        once, _ = run(ShareWeights(bits=4, block=32, channels_per_scale=3), dense(normal(100, 64)))
+        twice, report = run(ShareWeights(bits=2, block=16), once)
+        assert twice.SerializeToString() == once.SerializeToString()
+        assert ("w", "is stored as codes already") in [(skip.site, skip.reason) for skip in report.skips]
+
+    def test_of_tables_are_rows(self) -> None:
+        result, report = run(ShareWeights(bits=4, block=16, channels_per_scale=4), looked_up(normal(600, 64)))
+        assert report.changes[0].detail == "k-means to 16 values, 600 channels, no tiles: its rows are looked up, scaled"
+        assert initializers(result)["w0.scale"].shape == (600, 1)
+
+    @pytest.mark.parametrize("bits", [2, 4])
+    @pytest.mark.parametrize("step", [0.3, 1.0])
+    def test_have_steps_of_their_own(self, step: float, bits: int) -> None:
+        weight = uneven(100, 24)
+        got, result, _ = shared(ShareWeights(bits=bits, step=step, block=25), weight)
+        scale = np.repeat(initializers(result)["w.scale"].astype(np.float32), 25, 0)
+        np.testing.assert_allclose(got / scale, np.rint(got / scale), atol=1e-4)
+        assert (np.abs(got - weight) <= 0.501 * scale).all()
+
+    @pytest.mark.parametrize("subject", [ShareWeights(bits=3, block=8), ShareWeights(bits=4, channels_per_scale=3)], ids=str)
+    def test_keep_the_contract(self, subject: ShareWeights) -> None:
+        models = [model for index, model in enumerate(awkward_models()) if index % 4 == 0 or not model[0].startswith("opset")]
+        check_pass(subject, models)
+
+
+def with_weight(model: onnx.ModelProto, values: Array) -> onnx.ModelProto:
+    """Returns a model with other values of w."""
+    changed = copy.deepcopy(model)
+    next(tensor for tensor in changed.graph.initializer if tensor.name == "w").CopyFrom(oracle.value("w", values))
+    return changed
+
+
+def samples_of(size: int) -> Sequence[Feeds]:
+    return [{"x": normal(1, size, seed=700 + at)} for at in range(12)]
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, Array]:

@@ -1,0 +1,132 @@
+"""Zeros in real models: what they do to the outputs on evaluation inputs, with and without repair, and the bytes that come of them.
+
+    python benchmarks/sparsity.py --json benchmarks/results/sparsity.json
+    python benchmarks/sparsity.py --only cifar_resnet20 --setting sparsity=0.7
+
+A row is ``onnxshrink compress --pass tidy --pass sparsify:SETTING`` from the calibration inputs, in a process of its own, so that its
+peak memory is its own. ``packed`` are the bytes of that file, which `pack-sparse` ends; ``shared`` those after ``share-weights:bits=5`` and
+``huffman:raise-opset=true`` instead, with the SQNR of that file. Rows that are in the JSON file already and are not asked for stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import corpus
+from judged import peak_kb, quality, spearman
+
+from onnxshrink import api
+from onnxshrink.recipe import parse_pass
+
+PLAIN = "repair=false,scope=layer,criterion=magnitude"
+ALONE = "repair=false,scope=global,criterion=magnitude"
+HEADLINES = {
+    "cifar_resnet20": ["sparsity=0.5", "sparsity=0.7", "sparsity=0.8", "pattern=2:4"],
+    "squeezenet_fp32up": ["sparsity=0.5", "sparsity=0.7", "pattern=2:4"],
+    "minilm_l6_v2": ["sparsity=0.5", "pattern=2:4"],
+}
+_INTEGERS = ("mobilenetv2_tflq_qdq",)  # its weights are 8-bit integers
+
+
+def rows() -> list[tuple[str, str]]:
+    """Returns (model, setting) of all rows: the headlines, and every float model at half zeros, each plain and repaired."""
+    found = []
+    for name in dict.fromkeys([*HEADLINES, *corpus.names()]):
+        for setting in HEADLINES.get(name, ["sparsity=0.5"] if name not in _INTEGERS else []):
+            others = [PLAIN] if "pattern" in setting or name not in HEADLINES else [PLAIN, ALONE]
+            found += [(name, f"{setting},{other}") for other in others] + [(name, setting)]
+    return found
+
+
+def measure(name: str, setting: str) -> dict[str, Any]:
+    """Returns the figures of one model at one setting."""
+    idle = peak_kb()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    steps = [parse_pass(spec) for spec in ("tidy", f"sparsify:{setting}")]
+    result = api.compress(corpus.model_path(name), steps, calibration=corpus.calibration(name))
+    row = {
+        "name": name,
+        "setting": setting,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+        "peak_mb": (peak_kb() - idle) / 1024,
+        "outcome": [f"{step.name} {step.outcome} {step.reason}".strip() for step in result.report.passes],
+        "notes": [note for step in result.report.passes for note in step.notes],
+    }
+    coding = [parse_pass(spec) for spec in ("share-weights:bits=5", "huffman:raise-opset=true", "shorten-names")]
+    shared = api.compress(corpus.model_path(name), [*steps, *coding], calibration=corpus.calibration(name))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "packed.onnx", Path(folder) / "shared.onnx"]
+        result.save(paths[0])
+        shared.save(paths[1])
+        judged = [api.verify(corpus.model_path(name), path, inputs=corpus.evaluation(name)) for path in paths]
+        row |= {"bytes_before": judged[0].bytes_before, **quality(judged[0].comparison)}
+        row |= {"packed_bytes": paths[0].stat().st_size, "shared_bytes": paths[1].stat().st_size}
+        row["shared"] = quality(judged[1].comparison)
+        if name == "minilm_l6_v2":
+            row["spearman"] = [spearman(path) for path in (corpus.model_path(name), *paths)]
+    return row
+
+
+def measured(name: str, setting: str) -> dict[str, Any]:
+    """Returns a row, made in a process of its own."""
+    command = [sys.executable, __file__, "--one", json.dumps([name, setting])]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = [f"exit code {run.returncode}", *run.stderr.strip().splitlines()][-1]
+        return {"name": name, "setting": setting, "error": reason[-300:]}
+    row: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return row
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Returns one line about a row."""
+    head = f"{row['name']:22} {row['setting']:62}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    accuracy = "" if row["accuracy"] is None else f"  top-1 {row['accuracy'][0]:.2%} → {row['accuracy'][1]:.2%}"
+    ranks = "" if "spearman" not in row else "  Spearman " + " → ".join(f"{rank:.4f}" for rank in row["spearman"])
+    sqnr = "no SQNR" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+    return (
+        f"{head} {sqnr}{accuracy}{ranks}  {row['bytes_before']:,} → {row['packed_bytes']:,} packed, {row['shared_bytes']:,} shared"
+        f"  {row['seconds']:.0f} s, {row['cpu_seconds']:.0f} s CPU, {row['peak_mb']:.0f} MB"
+    )
+
+
+def main() -> None:
+    """Runs the rows one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--setting", nargs="*", help="options of sparsify, instead of the rows' own")
+    parser.add_argument("--json", type=Path, help="where the figures go after each row")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(*json.loads(arguments.one))))
+        return
+    every = rows()
+    chosen = [row for row in every if not arguments.only or row[0] in arguments.only]
+    if arguments.setting:
+        names = dict.fromkeys(name for name, _ in chosen)
+        chosen = [(name, setting) for name in names for setting in arguments.setting]
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    if arguments.json and arguments.json.exists():
+        known = {(row["name"], row["setting"]): row for row in json.loads(arguments.json.read_text())["models"]}
+    order = {row: number for number, row in enumerate(every)}
+    for name, setting in chosen:
+        known[name, setting] = measured(name, setting)
+        print(describe(known[name, setting]), flush=True)
+        if arguments.json:
+            ordered = sorted(known, key=lambda row: (order.get(row, len(order)), row))
+            arguments.json.write_text(json.dumps({"models": [known[row] for row in ordered]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
