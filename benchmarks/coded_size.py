@@ -5,7 +5,8 @@
 
 A row is what ``onnxshrink compress --pass tidy --pass share-weights:SHARE --pass huffman:raise-opset=true --pass shorten-names``
 writes from the calibration inputs, in a process of its own, so that its peak memory is its own. The file with plain codes is the same
-without the huffman pass; after zip means zlib at level 9 over the whole file. A row with ``floor`` is held to that SQNR on held-out
+without the huffman pass; after zip means zlib at level 9 over the whole file. Rows without a limit are fitted to all calibration inputs, as
+nothing depends on what judges them. A row with ``floor`` is held to that SQNR on held-out
 calibration inputs, and the target is searched with which the evaluation inputs just reach it too: one number for each model. Latency
 is measured last, when nothing else runs. Rows that are in the JSON file already and are not asked for stay.
 """
@@ -83,6 +84,7 @@ def measure(name: str, share: str, floor: float | None, target: Path, quick: boo
         corpus.model_path(name),
         [*steps[:2], Snapshot(), steps[2], Snapshot(), steps[3]],
         calibration=corpus.calibration(name),
+        validation=corpus.evaluation(name) if floor is None else None,
         tolerance=Tolerance(min_sqnr_db=floor),
     )
     seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, peak_kb() - idle

@@ -178,7 +178,8 @@ def _peak_bytes() -> int:
 
 def _machine() -> dict[str, Any]:
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS", os.cpu_count() or 1))
+    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "blas_threads": threads, **versions}
 
 
 if __name__ == "__main__":

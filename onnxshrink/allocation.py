@@ -4,12 +4,12 @@ Each weight is rounded alone, with the error feedback it will get, and the drift
 `onnxshrink.numerics.rates` makes steps of that. Within a weight, steps go with a power of each channel's rms. In proportion to it,
 codes are distributed alike in all channels, which is right if what follows normalises these; steps that go with its root did half a
 decibel better on networks without, and more than a decibel worse on a transformer, where one step for all channels lost 6 dB. So both
-are measured, and the one that takes fewer bits holds for the whole model: for a single layer the difference is mostly noise.
+are measured, and the better one holds for the whole model: for a single layer the difference is mostly noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.cells import by_channel
 from onnxshrink.numerics.level_choice import MOST_STEPS, relative_scales, step_levels
 from onnxshrink.numerics.levels import round_rows
-from onnxshrink.numerics.rates import Layer, rounded_entropy, sampled, steps_for_error
+from onnxshrink.numerics.rates import Layer, sampled
 from onnxshrink.repair import with_grams
 from onnxshrink.sensitivity import OutputProbe
 
@@ -29,7 +29,6 @@ __all__ = ["Plan", "plan"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _EXPONENTS = (1.0, 0.5)  # the first where nothing is known
-_COMPARED_ERROR = 0.01  # squared, of the outputs: 20 dB
 _PROBED_STEP = 0.5  # of the rms: about 3 bits, where the outputs move enough to tell and little enough to be proportional
 
 
@@ -48,7 +47,12 @@ class Plan:
     layer: Layer
 
 
-def plan(graph: Graph, weights: Sequence[Weight], folds: Sequence[tuple[Context, OutputProbe | None]]) -> list[Plan]:
+def plan(
+    graph: Graph,
+    weights: Sequence[Weight],
+    folds: Sequence[tuple[Context, OutputProbe | None]],
+    badness: Callable[[list[Layer]], tuple[float, float]],
+) -> list[Plan]:
     """Returns the plan of each weight, in their order, with the mean of what the folds measured.
 
     Args:
@@ -56,6 +60,7 @@ def plan(graph: Graph, weights: Sequence[Weight], folds: Sequence[tuple[Context,
         weights: of it, finite.
         folds: contexts for activations and progress, each with a probe of the graph on other inputs; None where there is nothing
             to measure with, so that costs stay unknown.
+        badness: of layers with steps in proportion to one another: the least holds.
     """
     kinds = [[_unmeasured(weight, exponent) for weight in weights] for exponent in _EXPONENTS]
     costs: list[dict[int, list[float]]] = [{id(weight): [] for weight in weights} for _ in kinds]
@@ -69,19 +74,12 @@ def plan(graph: Graph, weights: Sequence[Weight], folds: Sequence[tuple[Context,
     measured = [
         [_with_cost(item, found[id(item.weight)]) for item in plans] for plans, found in zip(kinds, costs, strict=True)
     ]
-    return min(measured, key=_bits)
+    return min(measured, key=lambda plans: badness([item.layer for item in plans]))
 
 
 def _with_cost(item: Plan, costs: Sequence[float]) -> Plan:
     """Returns the plan with the mean of what was measured, if anything was."""
     return replace(item, layer=replace(item.layer, cost=float(np.mean(costs)) if costs else None))
-
-
-def _bits(plans: Sequence[Plan]) -> float:
-    """Returns the entropy of all codes for one and the same error of the outputs."""
-    layers = [item.layer for item in plans]
-    steps = steps_for_error(layers, _COMPARED_ERROR)
-    return sum(layer.size * rounded_entropy(layer.values, step) for layer, step in zip(layers, steps, strict=True))
 
 
 def _unmeasured(weight: Weight, exponent: float) -> Plan:

@@ -14,7 +14,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ import onnx
 
 from onnxshrink import __version__
 from onnxshrink.calibrate import Calibration
-from onnxshrink.contract import Pass, Step
+from onnxshrink.contract import Context, Pass, Step
+from onnxshrink.degradation import Degradation, degradation
 from onnxshrink.errors import OptionError, must
-from onnxshrink.evidence import Evidence, gather, samples_for
+from onnxshrink.evidence import Evidence, gather, parted, samples_for
 from onnxshrink.graph.check import strictest_level
 from onnxshrink.graph.coded import expand_coded
 from onnxshrink.graph.edit import sort_nodes
@@ -126,6 +127,7 @@ def compress(
     passes: Recipe | Sequence[Pass | Step] | Pass | Step | None = None,
     *,
     calibration: InputSource | None = None,
+    validation: InputSource | None = None,
     tolerance: Tolerance | None = None,
     metrics: Mapping[str, Metric] | None = None,
     seed: int = 0,
@@ -139,6 +141,7 @@ def compress(
             another to run last (`sparsify` wants `pack-sparse`, so that zeros make the file smaller); it is added unless it is there.
         calibration: inputs as `onnxshrink.inputs.read_inputs` takes them. A quarter is held out to judge the result. Without
             any, seeded synthetic inputs are made, and the report says that they prove less.
+        validation: other inputs, to judge the result by instead; passes then see all of ``calibration``.
         tolerance: limits that hold after every pass; those of the recipe by default, and none for a list of passes.
         metrics: your own measures by name, f(outputs of the original, outputs of the result) -> float; reported, not limited.
             Each argument is a sequence of one dict per sample, from output names to arrays.
@@ -147,7 +150,7 @@ def compress(
 
     Raises:
         ModelError: the model cannot be read, or ONNX Runtime cannot run it.
-        InputsError: the calibration inputs do not fit the model.
+        InputsError: calibration or validation inputs do not fit the model, or are the same.
         OptionError: an option or a limit is out of range, or a limit has no meaning for this model.
     """
     if seed < 0:
@@ -157,7 +160,7 @@ def compress(
     graph = read_model(model)
     sources = _sources(model, graph)
     report_progress("running the original", 0, 0)
-    evidence = gather(graph, calibration, seed)
+    evidence = gather(graph, calibration, seed, validation)
     recipe = asked or default_recipe(tolerance, evidence.given is not None)
     limits = tolerance if asked is not None and tolerance is not None else recipe.tolerance
     with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor, one_blas_thread():
@@ -243,14 +246,40 @@ def load(model: ModelSource, **options: Any) -> Any:
     return plain_session(graph, **options)
 
 
-def inspect(model: ModelSource, *, progress: Progress | None = None) -> Inspection:
+def inspect(
+    model: ModelSource,
+    *,
+    sensitivity: bool = False,
+    calibration: InputSource | None = None,
+    repair: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Inspection:
     """Returns what is in a model, weight by weight, and what each pass would do with it.
 
+    Args:
+        model: a path, the bytes of a file, or a ModelProto.
+        sensitivity: also zeroes weights by magnitude, layer by layer and in all layers at once, at several sparsities, and measures
+            what becomes of the outputs: see `onnxshrink.degradation`.
+        calibration: inputs to measure that on, as for `compress`; without any, seeded synthetic ones are made.
+        repair: measures the whole model a second time, every zero made up for. A quarter of the inputs then judges, the rest repairs.
+        seed: of synthetic inputs.
+        progress: called with what is being done, the part done and the total (0 when unknown).
+
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: the model cannot be read, or, to be measured, cannot be run.
+        InputsError: the inputs do not fit the model.
+        OptionError: inputs or repair are given without sensitivity, or repair without two inputs.
+        ValidationError: the model with zeros does not run, or an activation is not finite.
     """
+    if not sensitivity and (calibration is not None or repair):
+        raise OptionError(must("inspect", "calibration and repair", "left out without sensitivity", "one of them"))
     graph = read_model(model)
-    return inspect_graph(graph, _name(model, graph), progress or _silent)
+    report_progress = progress or _silent
+    found = inspect_graph(graph, _name(model, graph), report_progress)
+    if not sensitivity:
+        return found
+    return replace(found, sensitivity=_degradation(graph, calibration, repair, seed, report_progress))
 
 
 def bench(
@@ -266,6 +295,24 @@ def bench(
     with session(first, role="original") as running:
         samples, _ = samples_for(first, running, inputs, seed)
     return measure_latency(first, second, samples, seconds=seconds, threads=threads)
+
+
+def _degradation(
+    graph: Graph, calibration: InputSource | None, repair: bool, seed: int, progress: Progress
+) -> Degradation:
+    with session(graph, role="original") as running:
+        samples, synthetic = samples_for(graph, running, calibration, seed)
+    given, judged = parted(samples) if repair else (None, samples)
+    if repair and (synthetic or given is None):
+        got = "none" if synthetic else "one"
+        raise OptionError(must("inspect", "inputs for repair", "two or more", got, "some repair, the others judge"))
+    with ThreadPoolExecutor(_workers()) as executor, one_blas_thread():
+        activations = Calibration(given) if given is not None else None
+        found = degradation(graph, judged, Context(seed, activations=activations, executor=executor), progress)
+    if not synthetic:
+        return found
+    note = "inputs are synthetic: they show little of what zeros do to real ones; pass real ones as calibration"
+    return replace(found, notes=[note, *found.notes])
 
 
 def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> Recipe | None:
@@ -311,7 +358,7 @@ def _notes(evidence: Evidence, limits: Tolerance, complaint: str | None, itself:
     notes = []
     if evidence.synthetic:
         notes.append("inputs are synthetic: they show that the result runs, and little of its quality; pass real ones as calibration")
-    elif evidence.given is None:
+    elif evidence.given is None and len(evidence.judged) == 1:
         notes.append("one input was given: it judges the result, and passes worked without calibration data")
     if evidence.given is not None and len(evidence.judged) < _FEW_SAMPLES:
         count = len(evidence.judged)

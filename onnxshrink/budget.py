@@ -21,7 +21,7 @@ from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.level_choice import step_levels
 from onnxshrink.numerics.levels import RowLevels
-from onnxshrink.numerics.rates import steps_for_error, steps_for_rate
+from onnxshrink.numerics.rates import Layer, predicted_bits, predicted_error, steps_for_error, steps_for_rate
 from onnxshrink.repair import Repaired
 from onnxshrink.sensitivity import folds
 
@@ -37,7 +37,11 @@ _TOO_COARSE = 2.0  # times the step that the budget asks for: four times the err
 
 def code_for_rate(graph: Graph, weights: Sequence[Weight], bits: float, context: Context, rate_weight: float = 0.0) -> _Coded:
     """Returns codings of a mean entropy of ``bits`` a weight, by site; what was done beside; and what to say of it."""
-    plans = plan(graph, weights, folds(graph, context))
+
+    def badness(layers: list[Layer]) -> tuple[float, float]:
+        return predicted_error(layers, steps_for_rate(layers, bits)), 0.0
+
+    plans = plan(graph, weights, folds(graph, context), badness)
     codings, repaired = _code(graph, plans, steps_for_rate([item.layer for item in plans], bits), context, rate_weight)
     notes = [_summary(codings)]
     rate = _rate(codings)
@@ -57,7 +61,12 @@ def code_for_sqnr(graph: Graph, weights: Sequence[Weight], decibels: float, cont
     parts = folds(graph, context)
     fitting, probe = parts[0]
     target = aim = 10 ** (-decibels / 10)
-    plans = _codable(plan(graph, weights, parts), target)
+
+    def badness(layers: list[Layer]) -> tuple[float, float]:
+        steps = steps_for_error(layers, target)
+        return max(predicted_error(layers, steps), target), predicted_bits(layers, steps)
+
+    plans = _codable(plan(graph, weights, parts, badness), target)
     layers = [item.layer for item in plans]
     reached = ""
     aside = "that took no part in it" if fitting.activations is not context.activations else "it was fitted to"

@@ -125,6 +125,10 @@ def compress(
     calib: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Sample inputs: .npz, a folder of .npz, or test_data_set folders.")
     ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Other inputs to judge the result by; without them a quarter of --calib is held out."),
+    ] = None,
     min_sqnr: MinSqnr = None,
     max_drift: MaxDrift = None,
     min_agreement: MinAgreement = None,
@@ -140,13 +144,15 @@ def compress(
     from onnxshrink import api, tables
     from onnxshrink.graph.files import atomic_file, check_output
 
-    read = [path for path in (model, recipe, calib) if path is not None]
+    read = [path for path in (model, recipe, calib, validation) if path is not None]
     check_output(output, inputs=read)
     if report is not None:
         _check_report_path(report, inputs=[*read, output])
     chosen, limits = _plan(recipe, passes or [], min_sqnr, max_drift, min_agreement)
     with _progress(as_json) as progress:
-        result = api.compress(model, chosen, calibration=calib, tolerance=limits, seed=seed, progress=progress)
+        result = api.compress(
+            model, chosen, calibration=calib, validation=validation, tolerance=limits, seed=seed, progress=progress
+        )
         written = result.save(output)
     if report is not None:
         text = result.report.to_json() + "\n" if report.suffix == ".json" else result.report.to_markdown()
@@ -185,12 +191,37 @@ def verify(
 
 @app.command()
 @_guarded
-def inspect(model: ModelPath, as_json: AsJson = False) -> None:
+def inspect(
+    model: ModelPath,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", metavar="", help="Measure what zeros do, by layer and in the whole model.")
+    ] = False,
+    calib: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --sensitivity: inputs, as for compress; else synthetic ones.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", metavar="", help="With --sensitivity: the whole model with zeros made up for, too.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|.svg|.pdf", help="With --sensitivity: draw the curves (matplotlib).")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
     """Show the weights of a model: bytes, zeros, entropy, work, and which passes would act on them."""
     from onnxshrink import api, tables
 
+    _check_sensitivity(sensitivity, calib, repair, plot)
+    if plot is not None:
+        from onnxshrink.plots import check_picture, draw_degradation
+
+        check_picture(plot, [path for path in (model, calib) if path is not None])
     with _progress(as_json) as progress:
-        found = api.inspect(model, progress=progress)
+        found = api.inspect(
+            model, sensitivity=sensitivity, calibration=calib, repair=repair, seed=seed, progress=progress
+        )
+        if plot is not None and found.sensitivity is not None:
+            draw_degradation(found.sensitivity, plot, model.name)
     _show(as_json, found.to_dict(), lambda: tables.inspection(found))
 
 
@@ -267,6 +298,12 @@ def _plan(
     if not chosen.steps:
         raise OptionError(f"recipe {recipe_path}: has no pass, and none was given with --pass: there is nothing to do")
     return chosen, given if given.is_set else base.tolerance
+
+
+def _check_sensitivity(asked: bool, calib: Path | None, repair: bool, plot: Path | None) -> None:
+    for option, value in {"--calib": calib, "--repair": repair or None, "--plot": plot}.items():
+        if value is not None and not asked:
+            raise OptionError(must("inspect", option, "left out without --sensitivity", value))
 
 
 def _check_report_path(path: Path, inputs: list[Path]) -> None:

@@ -19,6 +19,7 @@ from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.numerics.levels import BookLevels, GridLevels, Levels, RowLevels, placed, round_rows
 from onnxshrink.repair import Repaired, rewrite_in_turn
+from onnxshrink.targets import Target
 
 __all__ = ["Coding", "LevelsOf", "code_in_turn"]
 
@@ -73,6 +74,7 @@ def code_in_turn(
     levels_of: LevelsOf,
     context: Context,
     tilings: Mapping[str, Tiling] | None = None,
+    targets: Mapping[str, tuple[Target, float]] | None = None,
 ) -> tuple[dict[str, Coding], Repaired]:
     """Returns the coding of each weight by site, and what was done beside.
 
@@ -82,11 +84,17 @@ def code_in_turn(
         levels_of: chooses the values that a weight may take; for all tiles alike or for each.
         context: with activations where weights are to be made up for.
         tilings: the tiles of the weights by site; without it, channels are.
+        targets: by site, of weights that are pruned in the same turn, with their shares of zeros: what is left is solved for, then
+            rounded, and both errors are made up for by the layers behind.
     """
     codings: dict[str, Coding] = {}
 
     def rewrite(weight: Weight, wanted: Array, grams: Array | None) -> Array:
         original = weight.layout.forward(weight.constant.values)
+        if targets is not None and weight.site in targets:
+            target, share = targets[weight.site]
+            wanted = target.pruned(wanted, grams, share, original == 0, context)
+            original = wanted.astype(original.dtype)
         tiles = tilings[weight.site] if tilings is not None else tiling(weight)
         importance = None
         if grams is not None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+from onnxshrink.errors import InputsError, must
 from onnxshrink.graph.ir import Graph
 from onnxshrink.inputs import InputSource, Samples, read_inputs
 from onnxshrink.runtime import Session, session
 from onnxshrink.synthetic import synthetic_samples
 from onnxshrink.validate import Reference
 
-__all__ = ["Evidence", "gather", "samples_for"]
+__all__ = ["Evidence", "gather", "parted", "samples_for"]
 
 _PROBING_SAMPLES = 8
 _SYNTHETIC_SAMPLES = 2 * _PROBING_SAMPLES  # half to probe with, half to judge by
@@ -38,18 +41,36 @@ class Evidence:
     reference: Reference
 
 
-def gather(graph: Graph, calibration: InputSource | None, seed: int) -> Evidence:
+def gather(
+    graph: Graph, calibration: InputSource | None, seed: int, validation: InputSource | None = None
+) -> Evidence:
     """Runs the original on the inputs that judge; see `onnxshrink.api.compress` for the arguments and errors."""
+    if validation is not None and _is_same(calibration, validation):
+        raise InputsError(must("inputs", "validation", "other inputs than calibration: what was fitted must not judge", validation))
     with session(graph, role="original") as running:
-        samples, synthetic = samples_for(graph, running, calibration, seed)
-        if synthetic:
-            given, judged, probing = None, samples[_PROBING_SAMPLES:], samples[:_PROBING_SAMPLES]
+        samples, synthetic = samples_for(graph, running, calibration if calibration is not None else validation, seed)
+        source = samples.source
+        given: Samples | None
+        if validation is not None:
+            given = samples if calibration is not None else None
+            judged = read_inputs(validation, running.inputs)
+            source = f"{source}, judged by {judged.source}" if given is not None else source
+        elif synthetic:
+            given, judged = None, samples[_PROBING_SAMPLES:]
         else:
-            given, judged = _split(samples)
-            most = judged if given is None else given
-            probing = most[:: -(-len(most) // _PROBING_SAMPLES)]  # from all over: files often hold one class after the other
+            given, judged = parted(samples)
+        most = judged if given is None else given
+        few = most[:: -(-len(most) // _PROBING_SAMPLES)]  # from all over: files often hold one class after the other
+        probing = samples[:_PROBING_SAMPLES] if synthetic else few
         reference = Reference(graph, judged, running=running)
-        return Evidence(samples.source, synthetic, given, judged, probing, reference)
+        return Evidence(source, synthetic, given, judged, probing, reference)
+
+
+def _is_same(calibration: InputSource | None, validation: InputSource) -> bool:
+    """Whether both are one object or one place."""
+    if isinstance(calibration, str | os.PathLike) and isinstance(validation, str | os.PathLike):
+        return Path(calibration).absolute() == Path(validation).absolute()
+    return calibration is validation
 
 
 def samples_for(graph: Graph, running: Session, inputs: InputSource | None, seed: int) -> tuple[Samples, bool]:
@@ -59,7 +80,7 @@ def samples_for(graph: Graph, running: Session, inputs: InputSource | None, seed
     return synthetic_samples(graph, running, _SYNTHETIC_SAMPLES, seed), True
 
 
-def _split(samples: Samples) -> tuple[Samples | None, Samples]:
+def parted(samples: Samples) -> tuple[Samples | None, Samples]:
     """Returns (for passes, for judging); a single sample is for judging."""
     if len(samples) < 2:
         return None, samples

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.contract import Context
+from onnxshrink.degradation import Degradation
 from onnxshrink.errors import ShrinkError
 from onnxshrink.graph.coded import Coded, coded_weights
 from onnxshrink.graph.edit import constant_bytes
@@ -73,7 +74,7 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model as a whole and its weights, largest first."""
+    """A model as a whole and its weights, largest first; what zeros do to it where that was asked for."""
 
     model: str
     nbytes: int
@@ -85,6 +86,7 @@ class Inspection:
     ops: Mapping[str, int]
     weights: Sequence[WeightInfo]
     notes: Sequence[str] = ()
+    sensitivity: Degradation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and finite numbers."""

@@ -8,7 +8,9 @@ give them, and against what the ORIGINAL computes:
     3. bias += n / (n + 2) (W mean(x) - W' mean(x'))    so that the mean output of each channel stays, as far as n inputs tell
 
 with H' = X'^T X' and C = X^T X' over the calibration inputs, X the inputs of the original's layer and X' those of now.
-Layers whose inputs are not known (in bodies of If and Loop, or read by Gather) are rewritten as they are.
+Layers whose inputs are not known (in bodies of If and Loop, or read by Gather) are rewritten as they are. Where there is no calibration
+data, only 3 is left, n without bound: mean(x) follows from normalizations before a layer (`onnxshrink.graph.expectations`). A Conv without
+a bias whose output is normalized has one in the normalization's running mean, which is subtracted.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.expectations import Expectations, is_inference
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor
 from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Use, Weight
@@ -45,8 +48,9 @@ class Repaired:
     """What was done beside rewriting.
 
     Attributes:
-        sites: of the weights whose inputs were known.
-        biases: new values of constants that are added to what layers compute, by site of the layer's weight.
+        sites: of the weights whose inputs were known from calibration data.
+        biases: new values of constants that are added to what layers compute, or subtracted in a normalization, by site of the layer's
+            weight. Weights that came back as they were have none.
     """
 
     sites: set[str] = field(default_factory=set)
@@ -67,17 +71,16 @@ def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, c
     """
     repaired = Repaired()
     if context.activations is None:
-        context.map(lambda weight: _drop(rewrite(weight, _matrix(weight), None)), weights)
+        expected = Expectations(graph)
+        moved = context.map(lambda weight: _rewrite_alone(weight, rewrite, expected), weights)
+        repaired.biases.update({weight.site: found for weight, found in zip(weights, moved, strict=True) if found is not None})
         return repaired
     work = graph.copy()
     twins = {weight.site: weight for weight in weights_of(work)}
     by_site = {weight.site: weight for weight in weights}
-    known = {weight.site for weight, ways in lowerings(graph, weights) if not isinstance(ways, str)}
-    context.map(
-        lambda weight: _put(twins[weight.site], rewrite(weight, _matrix(weight), None)),
-        [weight for weight in weights if weight.site not in known],
-    )
-    stages = _stages(graph, [weight for weight in weights if weight.site in known])
+    known, unknown = _parted(graph, weights)
+    context.map(lambda weight: _put(twins[weight.site], rewrite(weight, _matrix(weight), None)), unknown)
+    stages = _stages(graph, known)
     of_work = [[twins[weight.site] for weight in stage] for stage in stages]
     for pairs in context.activations.paired_grams(work, graph, of_work):
         results = context.map(lambda pair: _repair(by_site[pair[0].site], pair[1], rewrite), pairs)
@@ -93,14 +96,35 @@ def with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Ite
     if context.activations is None:
         yield from ((weight, None) for weight in weights)
         return
-    known = {id(weight) for weight, ways in lowerings(graph, weights) if not isinstance(ways, str)}
-    yield from ((weight, None) for weight in weights if id(weight) not in known)
-    wanted = [weight for weight in weights if id(weight) in known]
-    yield from ((weight, moments.shrunk) for weight, moments in context.activations.grams(graph, wanted))
+    known, unknown = _parted(graph, weights)
+    yield from ((weight, None) for weight in unknown)
+    yield from ((weight, moments.shrunk) for weight, moments in context.activations.grams(graph, known))
 
 
-def _drop(_: Array) -> None:
-    """Forgets a result, so that those of a whole model are not held at once."""
+def _parted(graph: Graph, weights: Sequence[Weight]) -> tuple[list[Weight], list[Weight]]:
+    """Returns (weights whose inputs are known, column by column of their layouts, the others).
+
+    A table that is also multiplied with, as tied embeddings are, may have no layout that all its uses agree on.
+    """
+    known: list[Weight] = []
+    unknown: list[Weight] = []
+    for weight, ways in lowerings(graph, weights):
+        (unknown if isinstance(ways, str) or weight.view is None else known).append(weight)
+    return known, unknown
+
+
+def _rewrite_alone(weight: Weight, rewrite: Rewrite, expected: Expectations) -> tuple[Constant, Array] | None:
+    """Rewrites a weight without calibration data and returns what becomes of its bias, if its mean input is known."""
+    before = _matrix(weight)
+    after = rewrite(weight, before, None)
+    means = expected.mean_input(weight.uses[0]) if len(weight.uses) == 1 else ""
+    bias = None if isinstance(means, str) or weight.view is None or np.array_equal(before, after) else _bias(weight, len(means))
+    if bias is None or isinstance(means, str):
+        return None
+    shift = np.concatenate(
+        [rows @ mean for rows, mean in zip(np.split(before - after, len(means)), means, strict=True)]
+    )
+    return bias.shifted(shift)
 
 
 def _stages(graph: Graph, weights: Sequence[Weight]) -> Iterator[list[Weight]]:
@@ -158,24 +182,54 @@ def _centre(weight: Weight, twin: Weight, matrix: Array, moments: PairedGram, re
     """Changes the bias of a layer, where it has one of its own, so that its mean output is what the original's was."""
     groups = len(moments.now.matrix)
     bias, twin_bias = _bias(weight, groups), _bias(twin, groups)
-    if bias is None or twin_bias is None:
-        return
     before = _matrix(weight)
+    if bias is None or twin_bias is None or np.array_equal(before, matrix):
+        return
     means = zip(np.split(before, groups), moments.before_mean, np.split(matrix, groups), moments.now.mean, strict=True)
     shift = np.concatenate([old @ mean - new @ mean_now for old, mean, new, mean_now in means])
-    shift *= moments.now.count / (moments.now.count + _FEW_POSITIONS)
-    if shift.size == bias.size:
-        values = (bias.values.astype(np.float64) + shift.reshape(bias.shape)).astype(bias.dtype)
-        set_values(twin_bias, values)
-        repaired.biases[weight.site] = (bias, values)
+    shifted = bias.shifted(shift * moments.now.count / (moments.now.count + _FEW_POSITIONS))
+    if shifted is not None:
+        set_values(twin_bias.constant, shifted[1])
+        repaired.biases[weight.site] = shifted
 
 
-def _bias(weight: Weight, groups: int) -> Constant | None:
-    """Returns the constant that is added to each channel of what a layer computes, if nothing else reads it."""
-    bias = _added(weight.uses[0], groups) if len(weight.uses) == 1 else None
+@dataclass(frozen=True)
+class _Bias:
+    """A constant that is added to each channel of what a layer computes, or subtracted."""
+
+    constant: Constant
+    sign: float
+
+    def shifted(self, shift: Array) -> tuple[Constant, Array] | None:
+        """Returns the constant and new values of it, with which each channel moves by a shift [channels]; None if it has others."""
+        values = self.constant.values
+        if shift.size != values.size:
+            return None
+        return self.constant, (values.astype(np.float64) + self.sign * shift.reshape(values.shape)).astype(values.dtype)
+
+
+def _bias(weight: Weight, groups: int) -> _Bias | None:
+    """Returns the bias of a layer, if nothing else reads it."""
+    if len(weight.uses) != 1:
+        return None
+    bias, sign = _added(weight.uses[0], groups), 1.0
+    if bias is None:
+        bias, sign = _subtracted(weight.uses[0]), -1.0
     if not isinstance(bias, Constant) or len(bias.outputs) != 1 or bias.dtype not in (np.float32, np.float64, np.float16):
         return None
-    return None if any(tensor is bias for tensor in weight.scope.graph.outputs) else bias
+    return None if any(tensor is bias for tensor in weight.scope.graph.outputs) else _Bias(bias, sign)
+
+
+def _subtracted(use: Use) -> Tensor | None:
+    """Returns the running mean of a normalization that alone reads what a layer without a bias computes, or None."""
+    node = use.node
+    if node is None or not (node.op in ("Conv", "ConvTranspose") or (node.op == "Gemm" and node.attrs.get("alpha", 1.0) == 1.0)):
+        return None
+    readers, has_bias = node.outputs[0].outputs, any(tensor.name for tensor in node.inputs[2:])
+    if use.operand != 1 or has_bias or len(readers) != 1 or readers[0].op != "BatchNormalization":
+        return None
+    norm = readers[0]
+    return norm.inputs[3] if is_inference(norm) and norm.inputs[0] is node.outputs[0] else None
 
 
 def _added(use: Use, groups: int) -> Tensor | None:
@@ -184,7 +238,7 @@ def _added(use: Use, groups: int) -> Tensor | None:
     if node is None:
         return None
     if node.op in ("Conv", "ConvTranspose"):
-        return node.inputs[2] if len(node.inputs) > 2 else None
+        return node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
     readers = node.outputs[0].outputs
     if node.op == "Gemm" and len(node.inputs) > 2 and node.attrs.get("beta", 1.0) == 1.0 == node.attrs.get("alpha", 1.0):
         added = node.inputs[2]

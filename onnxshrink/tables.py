@@ -24,6 +24,7 @@ from onnxshrink.validate import Tolerance
 
 if TYPE_CHECKING:
     from onnxshrink.api import Expanded, Verification
+    from onnxshrink.degradation import Degradation, ModelPoint
     from onnxshrink.demo import DemoResult
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
     from onnxshrink.registry import PassInfo
     from onnxshrink.validate import Accuracy
 
-__all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latency", "outputs", "passes", "verification"]
+__all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latency", "outputs", "passes", "sensitivity", "verification"]
 
 _STYLES = {"kept": "green", "weakened": "yellow", "unchanged": "dim", "dropped": "red"}
 _MOST_SKIPS = 6
 _MOST_WEIGHTS = 40
-_LONGEST_SITE = 30  # the end of a long name tells more than its beginning
+_LONGEST_SITE, _LONGEST_LAYER = 30, 27  # the end of a long name tells more than its beginning
 
 
 def compression(report: CompressionReport, places: str = "") -> RenderableType:
@@ -89,7 +90,25 @@ def inspection(found: Inspection) -> RenderableType:
         obstacles.add_row(escape(f"{name}: {reason}"), str(count), format_bytes(nbytes))
     if obstacles.row_count:
         lines.append(obstacles)
+    if found.sensitivity is not None:
+        lines += sensitivity(found.sensitivity)
     return Group(*lines, *(f"[yellow]note:[/] {escape(note)}" for note in found.notes))
+
+
+def sensitivity(found: Degradation) -> list[RenderableType]:
+    """Returns what zeros do: in each layer alone, most sensitive first, then in the whole model."""
+    notes: list[RenderableType] = [f"[yellow]note:[/] {escape(note)}" for note in found.notes]
+    if not found.curves:
+        return notes
+    head = "\nZeros by magnitude in one layer alone, SQNR in dB, most sensitive first:"
+    lines: list[RenderableType] = [head, _layers(found)]
+    rest = len(found.layers) - _MOST_WEIGHTS
+    if rest > 0:
+        lines.append(f"[dim]and {rest} less sensitive ones; --json lists them all[/]")
+    top1 = f", top-1 of the original {format_share(found.top1)}" if found.top1 is not None else ""
+    of = f"{found.samples} sample{'s' * (found.samples != 1)} of {PurePath(found.inputs).name}"
+    lines.append(f"\nZeros in all layers at once, {escape(of)}{top1}:")
+    return [*lines, _curves(found), *notes]
 
 
 def verification(found: Verification, limits: Tolerance) -> RenderableType:
@@ -175,12 +194,58 @@ def _skips(step: PassReport) -> list[RenderableType]:
 def _weight_row(info: WeightInfo) -> list[str]:
     macs = "–" if info.macs is None else f"{info.macs / 1e6:.2f} M" if info.macs >= 10_000 else str(info.macs)
     stored = f"{format_bytes(info.nbytes)}\n[dim]{info.bits:.2f} bits each[/]" if info.coded else format_bytes(info.nbytes)
-    site = info.site if len(info.site) <= _LONGEST_SITE else f"…{info.site[1 - _LONGEST_SITE :]}"
-    weight = f"{escape(site)}\n[dim]{info.op} {info.dtype} {'x'.join(map(str, info.shape))}[/]"
+    weight = f"{escape(_end(info.site))}\n[dim]{info.op} {info.dtype} {'x'.join(map(str, info.shape))}[/]"
     entropy, acting = f"{info.entropy_bits:.2f} bits", "\n".join(info.actions) or "–"
     if info.code_bits is not None and info.code_entropy_bits is not None:
         entropy = f"{info.code_entropy_bits:.2f} bits\n[dim]{info.code_bits:.2f} coded[/]"
     return [weight, stored, f"{info.zeros:.1%}", str(info.distinct), entropy, macs, acting]
+
+
+def _end(site: str, longest: int = _LONGEST_SITE) -> str:
+    return site if len(site) <= longest else f"…{site[1 - longest :]}"
+
+
+def _decibels(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # + 0: no -0.0
+
+
+def _layers(found: Degradation) -> Table:
+    """Returns the layers' SQNR by pattern and sparsity."""
+    points = {
+        (layer.site, pattern, point.sparsity): point
+        for layer in found.layers
+        for pattern, curve in layer.curves.items()
+        for point in curve
+    }
+    columns = sorted({key[1:] for key in points}, key=lambda key: (key[0] != "unstructured", *key))
+    first = dict(reversed(columns))
+    names = (f">{pattern if first[pattern] == sparsity else ''}\n{sparsity:.0%}" for pattern, sparsity in columns)
+    table = _table("\nlayer", ">\nshare", *names)
+    for layer in found.layers[:_MOST_WEIGHTS]:
+        mine = [points.get((layer.site, *column)) for column in columns]
+        name = f"{escape(_end(layer.site, _LONGEST_LAYER))}\n[dim]{layer.op} {'x'.join(map(str, layer.shape))}[/]"
+        table.add_row(name, f"{layer.share:.1%}", *(_decibels(point.sqnr_db) if point else "–" for point in mine))
+    return table
+
+
+def _curves(found: Degradation) -> Table:
+    """Returns the curves of the whole model side by side; accuracy where there are labels, else agreement."""
+    labels = found.top1 is not None
+    decides = labels or any(point.agreement is not None for curve in found.curves for point in curve.points)
+    table = _table(">\nzeros")
+    for curve in found.curves:
+        name = f"{curve.pattern}, made up for" if curve.repaired else curve.pattern
+        for index, column in enumerate(["dB", "top-1" if labels else "agreement"][: 1 + decides]):
+            table.add_column(f"{name if not index else ''}\n{column}", justify="right", overflow="fold")
+    for points in zip(*(curve.points for curve in found.curves), strict=True):
+        cells = [_curve_cells(point, labels)[: 1 + decides] for point in points]
+        table.add_row(f"{points[0].sparsity:.0%}", *(cell for pair in cells for cell in pair))
+    return table
+
+
+def _curve_cells(point: ModelPoint, labels: bool) -> tuple[str, str]:
+    share = point.top1 if labels else point.agreement
+    return ("broken" if point.failure else _decibels(point.sqnr_db), "–" if share is None else format_share(share))
 
 
 def _obstacles(weights: Sequence[WeightInfo]) -> list[tuple[str, str, int, int]]:

@@ -15,7 +15,8 @@ With ``bits-per-weight`` or ``sqnr`` the weights share one budget instead: unifo
 does to the outputs (`onnxshrink.allocation`). Codes then vary in frequency, which pays together with `huffman`.
 
 With calibration data, layers are rewritten in turn, and every column of a weight makes up for the errors of the columns before it
-(`onnxshrink.repair`, `onnxshrink.numerics.feedback`). Zeros survive exactly: a grid contains zero, and k-means keeps a value for it
+(`onnxshrink.repair`, `onnxshrink.numerics.feedback`). With ``sparsity`` or an N:M ``pattern`` weights are pruned in the same turn: what is
+left is solved for, then rounded. Zeros survive exactly: a grid contains zero, and k-means keeps a value for it
 when the tensor has more zeros than its share.
 
 The result is decoded by standard ops that ONNX Runtime folds when a session starts (`onnxshrink.graph.codebook`), so it runs as
@@ -53,9 +54,11 @@ from onnxshrink.numerics.level_choice import (
     step_levels,
 )
 from onnxshrink.numerics.levels import GridLevels, RowLevels
+from onnxshrink.numerics.patterns import Pattern
 from onnxshrink.options import option
 from onnxshrink.repair import Repaired
 from onnxshrink.stored import Half, halved, stored
+from onnxshrink.targets import Target
 
 __all__ = ["ShareWeights"]
 
@@ -92,6 +95,10 @@ class ShareWeights(Pass):
         None, "inputs in a row that share a scale in each channel: a block of the axis that is summed over", low=4, high=65536
     )
     channels_per_scale: int = option(1, "neighbouring output channels that share scales or values", low=1, high=65536)
+    sparsity: float | None = option(
+        None, "share of weights set to zero in the same turn, in every layer; N:M patterns imply it", low=0.0, high=1.0
+    )
+    pattern: str | None = option(None, "of these zeros, as for sparsify; unstructured unless given")
     repair: bool = option(True, "whether calibration data, if any, is used to make up for errors", per_site=False)
 
     def __post_init__(self) -> None:
@@ -106,8 +113,26 @@ class ShareWeights(Pass):
             raise OptionError(f"{self.name}: {given[0]} gives every channel a step of its own; leave out {' and '.join(tiled)}")
         if tiled and self.per == "tensor":
             raise OptionError(f"{self.name}: per=tensor has no scales to share; leave out per=tensor or {' and '.join(tiled)}")
+        if self.zeros is not None and self.has_budget:  # asking for zeros checks them, too
+            raise OptionError(f"{self.name}: zeros in the same turn want bits or step; with {given[0]} run sparsify before")
         if self.block is not None and self.per == "channel":
             raise OptionError(f"{self.name}: a set of values for every block would outweigh its codes; block wants per=scale")
+
+    @property
+    def zeros(self) -> tuple[Pattern, float] | None:
+        """The pattern and the share of zeros that weights get before they are rounded, or None.
+
+        Raises:
+            OptionError: a pattern or a share that cannot be meant.
+        """
+        if self.pattern is None and self.sparsity is None:
+            return None
+        pattern = Pattern.parse(self.pattern or "unstructured")
+        if pattern.kind != "n:m" and self.sparsity is None:
+            raise OptionError(must(self.name, "sparsity", f"given for {pattern}", None))
+        if pattern.kind == "n:m" and self.sparsity not in (None, 1 - pattern.n / pattern.m):
+            raise OptionError(must(self.name, "sparsity", f"{1 - pattern.n / pattern.m:g} or left out for {pattern}", self.sparsity))
+        return pattern, self.sparsity if self.sparsity is not None else 1 - pattern.n / pattern.m
 
     @property
     def has_budget(self) -> bool:
@@ -177,7 +202,11 @@ class ShareWeights(Pass):
             def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
                 return _levels(rows, importance, options[weight.site], tilings[weight.site])
 
-            return *code_in_turn(graph, lossy, levels_of, context, tilings), []
+            pruned = {weight.site: options[weight.site].zeros for weight in lossy if _can_be_pruned(weight, options[weight.site])}
+            targets = {
+                weight.site: (Target(weight, zeros[0]), zeros[1]) for weight in lossy if (zeros := pruned.get(weight.site))
+            }
+            return *code_in_turn(graph, lossy, levels_of, context, tilings, targets), []
         if self.sqnr is not None:
             codings, repaired, notes = code_for_sqnr(graph, lossy, self.sqnr, context, self.rate_weight)
         else:
@@ -186,6 +215,11 @@ class ShareWeights(Pass):
         if ruled := [weight.site for weight in lossy if options[weight.site] != self]:
             notes = [*notes, f"what rules say of {', '.join(ruled)} has no effect: all weights share one budget"]
         return codings, repaired, notes
+
+
+def _can_be_pruned(weight: Weight, chosen: ShareWeights) -> bool:
+    """Whether the zeros that are asked for have a meaning for a weight; tables that are only looked up save nothing by them."""
+    return weight.computes and (weight.view is not None or chosen.pattern in (None, "unstructured"))
 
 
 def _settled(weight: Weight, chosen: ShareWeights | None) -> Coding | Half | Skip | None:
@@ -239,6 +273,8 @@ def _levels(rows: Array, importance: Array | None, chosen: ShareWeights, tiles: 
     scaled = len(rows) > 1 and chosen.per == "scale"
     each = len(rows) > 1 and chosen.per == "channel"
     levels = cluster_levels(rows, 2**chosen.bits, each=each, scaled=scaled, importance=importance)
+    if chosen.zeros is not None and not levels.has_zero:  # too few for a codebook to have an entry for them
+        return GridLevels(fit_grid(rows, chosen.bits)), f"uniform grid of {chosen.bits} bits{where}"
     return levels, f"{detail}{', scaled' if scaled else ''}"
 
 

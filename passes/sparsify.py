@@ -6,7 +6,8 @@ With W seen as a matrix [rows = output channels, columns = what is summed over],
 
 which least squares solve row by row once M is chosen (optimal brain surgeon, Hassibi & Stork 1993); M is searched for by alternating
 directions (ALPS, arXiv 2406.07831), or follows from a criterion. The error is never larger than that of zeroing the smallest weights.
-Without calibration data these go and the rest stays, ‖W - W'‖² being the sum of the squares that were removed.
+Without calibration data these go and the rest stays, ‖W - W'‖² being the sum of the squares that were removed; where layers follow
+normalizations their biases keep the mean output (`onnxshrink.graph.expectations`).
 
     unstructured    single weights
     N:M             N non-zeros in each M consecutive input channels (2:4 is what NVIDIA's sparse tensor cores take)
@@ -29,7 +30,7 @@ from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.coded import coded_weights
 from onnxshrink.graph.edit import constant_bytes, set_values
-from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.densities import cubic_schedule
 from onnxshrink.numerics.patterns import Pattern
@@ -42,6 +43,7 @@ __all__ = ["Sparsify"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _DEFAULT_SPARSITY = 0.5
 _LEAST_SPARSITY = 0.05  # below it, a weaker retry saves nothing worth having
+_LEAST_THRESHOLD = 1e-6  # far below the weights of any layer that has not been scaled on purpose
 _WEAKER = 0.75
 
 
@@ -75,7 +77,9 @@ class Sparsify(Pass):
     )
     steps: int = option(4, "steps of a schedule", low=2, high=100, per_site=False)
     initial_sparsity: float = option(0.0, "sparsity that a schedule starts from", low=0.0, high=1.0, per_site=False)
-    repair: bool = option(True, "whether calibration data, if any, is used to make up for zeros", per_site=False)
+    repair: bool = option(
+        True, "whether zeros are made up for, as far as calibration data or, without any, normalizations tell how", per_site=False
+    )
     pack: bool = option(True, "end with pack-sparse, which stores what is left in fewer bytes", per_site=False)
 
     def __post_init__(self) -> None:
@@ -113,15 +117,27 @@ class Sparsify(Pass):
         return self.scope == "layer" or self.threshold is not None or Pattern.parse(self.pattern).kind == "n:m"
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """Returns the pass with some options changed; an N:M pattern has its own sparsity, not the one it replaces."""
-        pattern = Pattern.parse(options.get("pattern", "unstructured"))
-        own: dict[str, Any] = {"sparsity": None} if pattern.kind == "n:m" else {}
+        """Returns the pass with some options changed for a site.
+
+        What a rule says of the share of zeros (a sparsity, a threshold, or an N:M pattern, which has its own) takes the place of what the
+        pass says of it. Scope and schedule are the pass's and mean nothing for a single site.
+        """
+        if not options:
+            return self
+        own: dict[str, Any] = {"scope": "auto", "schedule": "one-shot", "initial_sparsity": 0.0}
+        if options.get("threshold") is not None:
+            own |= {"sparsity": None, "pattern": "unstructured"}
+        elif options.get("sparsity") is not None or "pattern" in options:
+            own |= {"threshold": None}
+        if Pattern.parse(options.get("pattern", "unstructured")).kind == "n:m":
+            own |= {"sparsity": None}
         return replace(self, **{**own, **options})
 
     def weaker(self) -> Self | None:
         """Returns the pass with 3/4 of the sparsity or of the threshold; N:M patterns have no gentler form."""
         if self.threshold is not None:
-            return replace(self, threshold=self.threshold * _WEAKER) if self.threshold else None
+            lower = self.threshold * _WEAKER
+            return replace(self, threshold=lower) if lower >= _LEAST_THRESHOLD else None
         share = self.share * _WEAKER
         if Pattern.parse(self.pattern).kind == "n:m" or share < _LEAST_SPARSITY:
             return None
@@ -131,7 +147,8 @@ class Sparsify(Pass):
         """Edits the graph in place."""
         skips = [Skip(coded.site, "is stored as codes; sparsify before sharing") for coded in coded_weights(graph)]
         sites: list[tuple[Weight, Sparsify]] = []
-        for weight in weights(graph):
+        found = weights(graph)
+        for weight in found:
             chosen = context.options(self, weight.names)
             reason = "left alone by a rule" if chosen is None else _obstacle(weight, Pattern.parse(chosen.pattern))
             if chosen is None or reason is not None:
@@ -139,13 +156,18 @@ class Sparsify(Pass):
             else:
                 sites.append((weight, chosen))
         values, repaired = self._sparse(graph, sites, context)
-        answers = [_settle(weight, chosen, values[weight.site], weight.site in repaired.sites) for weight, chosen in sites]
-        changes = [answer for answer in answers if isinstance(answer, Change)]
-        for bias, shifted in (repaired.biases[change.site] for change in changes if change.site in repaired.biases):
-            set_values(bias, shifted)
-        biases = {id(bias) for bias, _ in repaired.biases.values()}
-        moved = {weight.site for weight in weights(graph) if id(weight.constant) in biases}
-        left = [skip for skip in [*skips, *(item for item in answers if isinstance(item, Skip))] if skip.site not in moved]
+        biases = repaired.biases  # parts of their layers: what rules say of the weight holds for both
+        changes: list[Change] = []
+        for weight, chosen in sites:
+            made_up_for = ", made up for" if weight.site in repaired.sites else ""
+            answer = _settle(weight, values[weight.site], biases.get(weight.site), f"{chosen.pattern}{made_up_for}")
+            if isinstance(answer, Change):
+                changes.append(answer)
+            else:
+                skips.append(answer)
+        moved = {id(biases[change.site][0]) for change in changes if change.site in biases}
+        parts = {weight.site for weight in found if id(weight.constant) in moved}  # not left as they were, so no skips
+        left = [skip for skip in skips if skip.site not in parts]
         return Report(changes, left, _notes(sites, {change.site for change in changes}))
 
     def _sparse(
@@ -178,16 +200,19 @@ class Sparsify(Pass):
         if self.sites_are_independent or scope == "layer":
             return list(shares.values())
         competing = [
-            target
-            for target, chosen in zip(targets, options, strict=True)
-            if (chosen.sparsity, chosen.threshold, chosen.pattern) == (self.sparsity, self.threshold, self.pattern)
+            target for target, chosen in zip(targets, options, strict=True) if self._competes(chosen, with_criterion=scope == "global")
         ]
         try:
-            found = removed_shares(graph, competing, scope, self.share, context)  # type: ignore[arg-type]  # one of its scopes
-        except ValueError as error:
+            found = removed_shares(graph, competing, scope, self.share, context, self.repair)  # type: ignore[arg-type]  # one of its scopes
+        except OptionError as error:
             raise OptionError(f"{self.name}: {error}") from None
         shares |= {target.weight.site: share for target, share in zip(competing, found, strict=True)}
         return list(shares.values())
+
+    def _competes(self, chosen: Sparsify, *, with_criterion: bool) -> bool:
+        """Whether a site of these options gets its share of zeros together with others."""
+        same = (chosen.sparsity, chosen.threshold, chosen.pattern) == (self.sparsity, self.threshold, self.pattern)
+        return same and (chosen.criterion == self.criterion or not with_criterion)
 
     def target(self, weight: Weight) -> Target:
         """Returns what these options make of a weight."""
@@ -207,16 +232,18 @@ def _obstacle(weight: Weight, pattern: Pattern) -> str | None:
     return None
 
 
-def _settle(weight: Weight, chosen: Sparsify, values: Array, repaired: bool) -> Change | Skip:
-    """Gives a weight its new values, if there are new zeros among them."""
-    constant = weight.constant
+def _settle(weight: Weight, values: Array, bias: tuple[Constant, Array] | None, done: str) -> Change | Skip:
+    """Gives a weight its new values, and its bias, if there are new zeros among them."""
+    constant, scope = weight.constant, weight.scope.graph
     before, after = (1 - np.count_nonzero(array) / array.size for array in (constant.values, values))
     if after == before:
         return Skip(weight.site, f"{after:.1%} zeros already, in this pattern")
-    nbytes = constant_bytes(constant, weight.scope.graph)
-    set_values(constant, values)
-    detail = f"{after:.1%} zeros (was {before:.1%}), {chosen.pattern}{', made up for' if repaired else ''}"
-    return Change(weight.site, nbytes, constant_bytes(constant, weight.scope.graph), detail)
+    edits = [(constant, values), *([bias] if bias is not None else [])]
+    nbytes = [constant_bytes(tensor, scope) for tensor, _ in edits]
+    for tensor, new in edits:
+        set_values(tensor, new)
+    detail = f"{after:.1%} zeros (was {before:.1%}), {done}{f', mean kept by {bias[0].name}' if bias is not None else ''}"
+    return Change(weight.site, sum(nbytes), sum(constant_bytes(tensor, scope) for tensor, _ in edits), detail)
 
 
 def _notes(sites: Sequence[tuple[Weight, Sparsify]], changed: set[str]) -> list[str]:

@@ -21,7 +21,7 @@ from onnxshrink.graph.files import load
 from onnxshrink.graph.weights import weights
 from onnxshrink.inputs import Feeds, Samples
 from onnxshrink.numerics.level_choice import MOST_STEPS, relative_scales
-from onnxshrink.numerics.rates import rounded_entropy
+from onnxshrink.numerics.rates import Layer, predicted_bits, rounded_entropy, steps_for_error
 from onnxshrink.sensitivity import OutputProbe
 from tests import oracle
 
@@ -49,6 +49,10 @@ def layers(gains: dict[str, float], size: float = 1.0) -> onnx.ModelProto:
     return oracle.make_model(nodes, [oracle.tensor("x", ["n", WIDTH])], [oracle.tensor("y", ["n", WIDTH])], values)
 
 
+def bits_at_20_db(found: list[Layer]) -> tuple[float, float]:
+    return predicted_bits(found, steps_for_error(found, 0.01)), 0.0
+
+
 def planned(
     model: onnx.ModelProto, feeds: Sequence[Feeds] | None, *, probed: bool = True, **more: Any
 ) -> dict[str, Plan]:
@@ -56,7 +60,7 @@ def planned(
     data = Calibration(Samples(lambda index: feeds[index], range(len(feeds)), "test"), threads=1) if feeds else None
     probe = OutputProbe(graph, data) if data is not None and probed else None
     found = [weight for weight in weights(graph) if weight.obstacle is None]
-    plans = plan(graph, found, [(Context(activations=data, **more), probe)])
+    plans = plan(graph, found, [(Context(activations=data, **more), probe)], bits_at_20_db)
     assert [item.weight for item in plans] == found
     assert to_model(graph).SerializeToString() == to_model(load(model)).SerializeToString()  # the graph is left alone
     return {item.weight.site: item for item in plans}
@@ -127,7 +131,7 @@ def test_error_feedback_makes_a_layer_cheaper() -> None:
     calibrated = planned(model, mixed)
     graph = load(model)
     data = Calibration(Samples(lambda index: mixed[index], range(4), "test"), threads=1)
-    plain = plan(graph, weights(graph), [(Context(), OutputProbe(graph, data))])
+    plain = plan(graph, weights(graph), [(Context(), OutputProbe(graph, data))], bits_at_20_db)
     for item in plain:
         assert calibrated[item.weight.site].layer.cost < 0.3 * item.layer.cost
 

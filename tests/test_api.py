@@ -181,6 +181,39 @@ class TestSamples:
         assert given | judged == {row[None].tobytes() for row in X}
         assert (report.calibration_samples, report.validation_samples, report.synthetic) == (15, 5, False)
 
+    def test_others_may_judge_and_passes_then_see_all(self) -> None:
+        seen: dict[str, list[Array]] = {"given": [], "judged": []}
+
+        @dataclass(frozen=True, kw_only=True)
+        class Looks(Pass):
+            """Looks at its calibration data."""
+
+            name: ClassVar[str] = "looks"
+
+            def apply(self, graph: Graph, context: Context) -> Report:
+                assert context.activations is not None
+                seen["given"] += [values["x"] for values in context.activations.samples(graph, ["x"])]
+                return Report()
+
+        def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
+            seen["judged"] = [outputs["echo"] for outputs in original]
+            return 0.0
+
+        parts = {"calibration": {"x": X[:12]}, "validation": {"x": X[12:]}}
+        report = compress(MODEL, [Looks()], **parts, metrics={"judge": judge}).report  # type: ignore[arg-type]
+        np.testing.assert_array_equal(np.concatenate(seen["given"]), X[:12])
+        np.testing.assert_array_equal(np.concatenate(seen["judged"]), X[12:])
+        assert (report.calibration_samples, report.validation_samples, report.synthetic) == (12, 8, False)
+        alone = compress(MODEL, [], validation={"x": X}).report
+        assert (alone.calibration_samples, alone.validation_samples, alone.synthetic) == (0, 20, False)
+
+    def test_the_same_inputs_do_not_calibrate_and_judge(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "x.npz", x=X)
+        feeds = {"x": X}
+        for one, other in ((feeds, feeds), (tmp_path / "x.npz", str(tmp_path / "x.npz"))):
+            with pytest.raises(InputsError, match="^inputs: validation must be other inputs than calibration"):
+                compress(MODEL, [], calibration=one, validation=other)
+
     def test_of_one_sample_it_judges(self) -> None:
         asked = []
 

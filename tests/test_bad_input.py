@@ -413,7 +413,7 @@ class TestTexts:
             (("--pass", "sparsfy"), "unknown pass 'sparsfy'; did you mean 'sparsify'? Known: "),
             (
                 ("--pass", "share-weights:bit=3"),
-                "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, method, per, rate-weight, repair, sqnr, step",
+                "share-weights: unknown option 'bit'; did you mean 'bits'? Known: bits, bits-per-weight, block, ",
             ),
             (("--pass", "share-weights:bits=many"), "share-weights: bits must be a whole number, got 'many'"),
             (("--pass", "share-weights:bits=99"), "share-weights: bits must be "),
@@ -423,7 +423,7 @@ class TestTexts:
             ),
             (
                 ("--pass", "sparsify:pattern=2of4"),
-                "pattern: text must be unstructured, N:M such as 2:4 or NxM such as 1x4, got '2of4'",
+                "pattern: text must be unstructured, rows, columns, N:M such as 2:4 or NxM such as 1x4, got '2of4'",
             ),
             (("--recipe", "absent.toml"), "recipe absent.toml: cannot be read: No such file or directory"),
             (("--recipe", "model.onnx"), "recipe model.onnx: cannot be read: it is not UTF-8 text"),
@@ -464,7 +464,7 @@ def hang(*args, **kwargs):
 """
 HANGING = {
     "in a pass": "from onnxshrink.passes.sparsify import Sparsify\nSparsify.apply = hang\n",
-    "in a worker": "from onnxshrink.passes import sparsify\nsparsify.scores = lambda *args: Path(os.environ['STARTED']).touch() or time.sleep(0.5)\n",
+    "in a worker": "from onnxshrink import repair\nrepair.retarget = lambda *args: Path(os.environ['STARTED']).touch() or time.sleep(0.5)\n",
     "while writing": "real = os.fsync\ncount = []\nos.fsync = lambda fd: (count.append(fd), hang() if len(count) > 1 else real(fd))\n",
 }
 

@@ -277,6 +277,51 @@ class TestInspect:
         assert result.exit_code == 0
         assert "MACs are not known" in result.stdout
 
+    def test_sensitivity_for_people_with_a_picture(self, place: Path) -> None:
+        asked = ("--sensitivity", "--calib", "inputs.npz", "--repair", "--plot", "curves.png")
+        result = run("inspect", "model.onnx", *asked)
+        assert (result.exit_code, result.stderr) == (0, "")
+        for word in ("in one layer alone", "57.1%", "of inputs.npz", "agreement", "unstructured, made up for", "rows"):
+            assert word in result.stdout
+        assert (place / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_sensitivity_for_machines(self, place: Path) -> None:
+        found = read_json(run("inspect", "model.onnx", "--sensitivity", "--calib", "inputs.npz", "--json"))
+        expected = api.inspect(place / "model.onnx", sensitivity=True, calibration=place / "inputs.npz")
+        plain = json.loads(json.dumps(expected.to_dict()["sensitivity"]))
+        assert found["sensitivity"] == {**plain, "inputs": "inputs.npz"}
+        assert {layer["site"] for layer in plain["layers"]} == {"layer1/w", "head/w"}
+
+    def test_sensitivity_on_synthetic_inputs_says_so(self, place: Path) -> None:
+        result = run("inspect", "model.onnx", "--sensitivity")
+        assert result.exit_code == 0
+        assert "inputs are synthetic" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--plot", "curves.png"], "--plot must be left out without --sensitivity"),
+            (["--calib", "inputs.npz"], "--calib must be left out without --sensitivity"),
+            (["--repair"], "--repair must be left out without --sensitivity"),
+            (["--sensitivity", "--repair"], "inputs for repair must be two or more"),
+            (["--sensitivity", "--plot", "curves.gif"], "must be one that ends in .pdf, .png, .svg, got curves.gif"),
+            (["--sensitivity", "--plot", "missing/curves.png"], "cannot be written"),
+            (["--sensitivity", "--calib", "missing.npz"], "no such file"),
+        ],
+    )
+    def test_sensitivity_that_cannot_be(self, place: Path, args: list[str], message: str) -> None:
+        before = sorted(place.iterdir())
+        result = run("inspect", "model.onnx", *args)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert message in result.stderr
+        assert sorted(place.iterdir()) == before
+
+    def test_a_picture_without_matplotlib(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        result = run("inspect", "model.onnx", "--sensitivity", "--plot", "curves.png")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.endswith("not installed: pip install 'onnxshrink[plot]'\n")
+
 
 class TestExpand:
     def test_writes_plain_weights(self, small: Path) -> None:

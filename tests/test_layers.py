@@ -57,6 +57,7 @@ def test_the_tree_keeps(contract: dict[str, object]) -> None:
         ("graphsurgeon", "passes/tidy.py", "from onnx_graphsurgeon import Graph"),
         ("numerics", "onnxshrink/numerics/chunks.py", "from onnx import numpy_helper"),
         ("terminal", "onnxshrink/api.py", "import rich"),
+        ("pictures", "onnxshrink/tables.py", "import matplotlib"),
         ("frameworks", "onnxshrink/testing.py", "import torch"),
     ],
 )

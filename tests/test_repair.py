@@ -507,3 +507,90 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model.graph.initializer.append(oracle.value("w", normal(4, 4)))
     with pytest.raises(ValidationError, match="values must be finite"):
         rewritten(model, coarse, batches(2, 3, 4))
+
+
+# Without calibration data
+
+
+def normalized(*, bias: bool = False, after: bool = False, shared: bool = False) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Returns Conv(Relu(BatchNormalization(x))), with a bias of its own, or normalized again, and what it holds."""
+    names = ("s", "b", "m", "v")
+    arrays = {name: normal(6, seed=seed) for seed, name in enumerate(names)} | {"w": normal(5, 6, 3, 3)}
+    arrays["v"] = np.exp(arrays["v"])
+    nodes = [
+        helper.make_node("BatchNormalization", ["x", *names], ["n"]),
+        helper.make_node("Relu", ["n"], ["r"]),
+        helper.make_node("Conv", ["r", "w", *(["c"] if bias else [])], ["h" if after else "y"]),
+    ]
+    if bias:
+        arrays["c"] = normal(5)
+    if after:
+        more = {"s2": np.exp(normal(5)), "b2": normal(5, seed=1), "m2": normal(5, seed=2), "v2": np.exp(normal(5, seed=3))}
+        arrays |= more
+        nodes.append(helper.make_node("BatchNormalization", ["h", *more], ["z" if shared else "y"]))
+    if shared:
+        nodes.append(helper.make_node("Add", ["z", "h"], ["y"]))
+    return graph_of(nodes, np.empty((2, 6, 12, 12)), arrays), arrays
+
+
+def as_normalized(arrays: dict[str, Array], count: int = 20) -> list[Feeds]:
+    """Returns inputs that the first normalization makes standard normal, as its statistics say."""
+    mean, spread = arrays["m"].reshape(1, -1, 1, 1), np.sqrt(arrays["v"]).reshape(1, -1, 1, 1)
+    return [{"x": normal(2, 6, 12, 12, seed=index) * spread + mean} for index in range(count)]
+
+
+def channel_means(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> Array:
+    return np.mean(np.stack(outputs(model, feeds, "y")).astype(np.float64), axis=(0, 1, 3, 4))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_means_follow_from_normalizations_where_there_is_no_calibration_data(after: bool) -> None:
+    model, arrays = normalized(bias=not after, after=after)
+    trial = rewritten(model, coarse, None)
+    ((constant, values),) = trial.repaired.biases.values()
+    assert (constant.name, values.dtype) == ("m2" if after else "c", np.float32)
+    assert not trial.repaired.sites
+    uncorrected = onnx.ModelProto()
+    uncorrected.CopyFrom(trial.result)
+    for tensor in uncorrected.graph.initializer:
+        if tensor.name == constant.name:
+            tensor.CopyFrom(oracle.value(constant.name, arrays[constant.name]))
+    feeds = as_normalized(arrays)
+    before, now, plain = (channel_means(one, feeds) for one in (model, trial.result, uncorrected))
+    assert np.linalg.norm(now - before) < 0.05 * np.linalg.norm(plain - before)
+
+
+def test_without_a_bias_or_where_others_read_the_layer_nothing_moves() -> None:
+    for model in (normalized()[0], normalized(after=True, shared=True)[0], two_gemms(gemm_arrays(), "w", "b", "v", "c")):
+        assert not rewritten(model, coarse, None).repaired.biases
+
+
+def gemm_arrays() -> dict[str, Array]:
+    return {"w": normal(6, 6), "v": normal(6, 6, seed=1), "b": normal(6), "c": normal(6, seed=1)}
+
+
+def test_a_weight_that_comes_back_as_it_was_keeps_its_bias() -> None:
+    model, arrays = normalized(bias=True)
+    assert not rewritten(model, lambda matrix: matrix, None).repaired.biases
+    assert not rewritten(model, {"w": lambda _: arrays["w"].reshape(5, -1).astype(np.float64)}, as_normalized(arrays, 4)).repaired.biases
+
+
+def test_the_running_mean_of_a_normalization_is_a_bias() -> None:
+    model, arrays = normalized(after=True)
+    feeds = [{"x": one["x"] + np.float32(0.5)} for one in as_normalized(arrays, 6)]
+    trial = rewritten(model, coarse, feeds)
+    ((constant, _),) = trial.repaired.biases.values()
+    assert constant.name == "m2"
+    moved = channel_means(trial.result, feeds) - channel_means(model, feeds)
+    assert np.abs(moved).max() < 0.02 * np.abs(channel_means(model, feeds)).max()
+
+
+def test_a_table_that_is_multiplied_with_too_is_rewritten_as_it_is() -> None:
+    """Its two uses have no layout in common, so the Gram matrix of the one does not fit."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (int64[3] ids) => (float[3, 20] y)
+        { e = Gather(t, ids) r = Relu(e) s = Transpose<perm = [1, 0]>(t) y = MatMul(r, s) }"""
+    model = parser.parse_model(text)
+    model.graph.initializer.append(oracle.value("t", normal(20, 8)))
+    trial = rewritten(model, coarse, [{"ids": np.array([index, 3, 7])} for index in range(4)])
+    assert trial.grams == {"t": None}
+    np.testing.assert_array_equal(trial.wanted["t"], normal(20, 8).reshape(1, -1))

@@ -22,7 +22,15 @@ import numpy as np
 
 from onnxshrink.numerics.chunks import Array
 
-__all__ = ["Layer", "rounded_entropy", "sampled", "steps_for_error", "steps_for_rate"]
+__all__ = [
+    "Layer",
+    "predicted_bits",
+    "predicted_error",
+    "rounded_entropy",
+    "sampled",
+    "steps_for_error",
+    "steps_for_rate",
+]
 
 _SAMPLE = 1 << 16  # values that stand for a layer: its entropy is then known to some thousandths of a bit
 _BISECTIONS = 48
@@ -90,10 +98,20 @@ def steps_for_rate(layers: Sequence[Layer], bits: float) -> list[float]:
     total = sum(layer.size for layer in layers)
 
     def is_too_coarse(steps: list[float]) -> bool:
-        entropies = (rounded_entropy(layer.values, step) for layer, step in zip(layers, steps, strict=True))
-        return sum(layer.size * entropy for layer, entropy in zip(layers, entropies, strict=True)) <= bits * total
+        return predicted_bits(layers, steps) <= bits * total
 
     return _bisected(layers, _costs(layers), is_too_coarse)[1]
+
+
+def predicted_error(layers: Sequence[Layer], steps: Sequence[float]) -> float:
+    """Returns the squared relative error of the outputs that steps make, as far as errors add up."""
+    return sum(cost * step * step for cost, step in zip(_costs(layers), steps, strict=True))
+
+
+def predicted_bits(layers: Sequence[Layer], steps: Sequence[float]) -> float:
+    """Returns the entropy of all codes that steps leave."""
+    entropies = (rounded_entropy(layer.values, step) for layer, step in zip(layers, steps, strict=True))
+    return sum(layer.size * entropy for layer, entropy in zip(layers, entropies, strict=True))
 
 
 def _bisected(

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxshrink.numerics import rates
-from onnxshrink.numerics.rates import Layer, rounded_entropy, sampled, steps_for_error, steps_for_rate
+from onnxshrink.numerics.rates import (
+    Layer,
+    predicted_bits,
+    predicted_error,
+    rounded_entropy,
+    sampled,
+    steps_for_error,
+    steps_for_rate,
+)
 
 
 def gauss(seed: int, size: int = 3000, scale: float = 1.0):
@@ -204,3 +212,16 @@ def test_a_rate_above_what_alphabets_hold_gives_the_finest():
 
 def test_the_bound_for_coarse_steps_leaves_what_it_says():
     assert rounded_entropy(gauss(0, 1 << 18), rates._COARSEST) == pytest.approx(1.2, abs=0.05)
+
+
+def test_predictions_are_what_rounding_gives() -> None:
+    """Entropy counted by hand; error as the sum of the costs times squared steps."""
+    rng = np.random.default_rng(0)
+    layers = [Layer(rng.standard_normal(500) * scale, 500, cost, 0.0) for scale, cost in ((1.0, 2.0), (3.0, 0.5))]
+    steps = [0.3, 0.8]
+    assert predicted_error(layers, steps) == pytest.approx(2.0 * 0.09 + 0.5 * 0.64)
+    bits = 0.0
+    for layer, step in zip(layers, steps, strict=True):
+        counts = np.unique(np.rint(layer.values / step), return_counts=True)[1]
+        bits -= float((counts * np.log2(counts / 500)).sum())
+    assert predicted_bits(layers, steps) == pytest.approx(bits)

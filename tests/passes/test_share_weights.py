@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
@@ -24,7 +25,7 @@ from onnxshrink import load as load_session
 from onnxshrink.calibrate import Calibration
 from onnxshrink.contract import Change, Context, Report, Rule
 from onnxshrink.errors import OptionError
-from onnxshrink.graph.coded import expand_coded
+from onnxshrink.graph.coded import coded_weights, expand_coded
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
@@ -958,3 +959,58 @@ def test_keeps_the_contract_with_calibration_data(subject: ShareWeights) -> None
     again, second = run(subject, result, feeds=feeds)
     assert not second.changes
     assert again.SerializeToString() == result.SerializeToString()
+
+
+class TestZerosInTheSameTurn:
+    """Pruned, solved for and rounded at once."""
+
+    X = np.random.default_rng(1).standard_normal((60, 32)).astype(np.float32) @ np.random.default_rng(2).standard_normal(
+        (32, 32)
+    ).astype(np.float32)
+
+    def model(self) -> onnx.ModelProto:
+        weight = np.random.default_rng(3).standard_normal((32, 96)).astype(np.float32)
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+        return oracle.make_model(
+            nodes, [oracle.tensor("x", ["n", 32])], [oracle.tensor("y", ["n", 96])], [oracle.value("w", weight)]
+        )
+
+    def decoded(self, run: ShareWeights, *, calibrated: bool = True) -> Array:
+        graph = load(self.model())
+        samples = Samples(lambda index: {"x": self.X[index : index + 1]}, range(len(self.X)), "test")
+        activations = Calibration(samples, threads=1) if calibrated else None
+        run.apply(graph, Context(activations=activations))
+        (coded,) = coded_weights(graph)
+        return coded.values()
+
+    @pytest.mark.parametrize("calibrated", [True, False])
+    @pytest.mark.parametrize("method", ["uniform", "kmeans"])
+    @pytest.mark.parametrize("share", [0.05, 0.5, 0.8])
+    def test_the_share_is_exact_and_levels_are_few(self, share: float, method: str, calibrated: bool) -> None:
+        found = self.decoded(ShareWeights(bits=3, method=method, per="tensor", sparsity=share), calibrated=calibrated)
+        assert np.count_nonzero(found == 0) >= int(share * found.size)
+        assert np.unique(found).size <= 8
+
+    def test_patterns_hold(self) -> None:
+        found = self.decoded(ShareWeights(bits=4, method="uniform", pattern="2:4"))
+        groups = found.T.reshape(96, 8, 4)  # along what is summed over
+        assert (np.count_nonzero(groups, axis=2) <= 2).all()
+
+    def test_outputs_are_closer_than_of_magnitude_zeros_and_nearest_levels(self) -> None:
+        weight = self.model().graph.initializer[0]
+        dense = onnx.numpy_helper.to_array(weight)
+        errors = [
+            np.linalg.norm(self.X @ (self.decoded(ShareWeights(bits=4, method="uniform", sparsity=0.5), calibrated=asked) - dense))
+            for asked in (True, False)
+        ]
+        assert errors[0] < 0.7 * errors[1]
+
+    def test_what_cannot_be_meant_is_refused(self) -> None:
+        for options, message in (
+            ({"sparsity": 0.5, "sqnr": 30.0}, "share-weights: zeros in the same turn want bits or step; with sqnr run sparsify before"),
+            ({"pattern": "1x4"}, "share-weights: sparsity must be given for 1x4, got None"),
+            ({"pattern": "2:4", "sparsity": 0.3}, "share-weights: sparsity must be 0.5 or left out for 2:4, got 0.3"),
+            ({"pattern": "2of4"}, "pattern: text must be unstructured, "),
+        ):
+            with pytest.raises(OptionError, match=f"^{re.escape(message)}"):
+                ShareWeights(**options)  # type: ignore[arg-type]
