@@ -20,16 +20,15 @@ import sys
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import corpus
 import numpy as np
-from judged import peak_kb, quality, spearman
+from judged import Snapshot, peak_kb, quality, spearman
 
 from onnxshrink import api
-from onnxshrink.contract import Context, Pass, Report
+from onnxshrink.contract import Context
 from onnxshrink.graph.coded import coded_weights
 from onnxshrink.graph.edit import sort_nodes
 from onnxshrink.graph.exporter import to_model
@@ -58,19 +57,6 @@ ROWS: list[tuple[str, str, float | None]] = [
     ("gtcrn", "sqnr=30.6", _LEAST_SQNR_DB),
     ("yolox_nano", "sqnr=30", _LEAST_SQNR_DB),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot(Pass):
-    """Changes nothing; keeps a copy of the graph as it is between two passes."""
-
-    name: ClassVar[str] = "snapshot"
-    taken: ClassVar[list[Graph]] = []
-
-    def apply(self, graph: Graph, context: Context) -> Report:
-        """Keeps a copy."""
-        self.taken.append(graph.copy())
-        return Report()
 
 
 def measure(name: str, share: str, floor: float | None, target: Path, quick: bool) -> dict[str, Any]:

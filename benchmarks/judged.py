@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import corpus
 import numpy as np
 
+from onnxshrink.contract import Context, Pass, Report
+from onnxshrink.graph.ir import Graph
 from onnxshrink.validate import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Pass):
+    """Changes nothing; keeps a copy of the graph as it is between two passes."""
+
+    name: ClassVar[str] = "snapshot"
+    taken: ClassVar[list[Graph]] = []
+
+    def apply(self, graph: Graph, context: Context) -> Report:
+        """Keeps a copy."""
+        self.taken.append(graph.copy())
+        return Report()
 
 
 def peak_kb() -> int:
