@@ -5,7 +5,8 @@
 
 A row is ``onnxshrink compress --pass tidy --pass sparsify:SETTING`` from all calibration inputs, in a process of its own, so that its
 peak memory is its own. ``packed`` are the bytes of that file, which `pack-sparse` ends; ``shared`` those after ``share-weights:bits=5``,
-``huffman:raise-opset=true`` and ``shorten-names`` instead, with the SQNR of that file. Seconds are those of sparsify. Rows that are in the JSON file already and are not asked for stay.
+``huffman:raise-opset=true`` and ``shorten-names`` instead, with the SQNR of that file. Seconds are those of sparsify. Rows that are in
+the JSON file already and are not asked for stay.
 """
 
 from __future__ import annotations

@@ -388,11 +388,11 @@ class TestSparing:
         )
 
     def test_the_share_in_the_reason_is_the_drift_of_that_site_alone(self) -> None:
-        step = only(squeezed(Sparsify(pattern="2:4"), model=SORE, limit=30))
+        step = only(squeezed(Sparsify(pattern="2:4", repair=False), model=SORE, limit=30))
         told = next(skip.reason for skip in step.skips if skip.site == "sore").removeprefix(
             "spared: by itself it moves the outputs by "
         )
-        alone = Step(Sparsify(pattern="2:4"), [Rule("*", skip=True), Rule("sore", skip=False)])
+        alone = Step(Sparsify(pattern="2:4", repair=False), [Rule("*", skip=True), Rule("sore", skip=False)])
         drift = 10 ** (-sqnr(SORE, squeezed(alone, model=SORE).to_model(), INPUTS["x"]) / 20)
         assert float(told.rstrip("%")) / 100 == pytest.approx(drift, rel=0.1)  # a probe sees eight samples only
 
@@ -415,7 +415,7 @@ class TestSparing:
     def test_rules_of_the_user_still_hold(self) -> None:
         rules = [Rule("a", skip=True), Rule("b", {"pattern": "1:4"})]
         step = only(squeezed(Step(Sparsify(pattern="2:4"), rules), model=SORE, limit=25))
-        assert {change.site: change.detail.split(", ")[-1] for change in step.changes} == {"b": "1:4", "c": "2:4"}
+        assert {change.site: change.detail.split(", ")[1] for change in step.changes} == {"b": "1:4", "c": "2:4"}
         reasons = {skip.site: skip.reason for skip in step.skips}
         assert reasons["a"] == "left alone by a rule"
         assert reasons["sore"].startswith("spared: ")
@@ -539,7 +539,7 @@ class TestRules:
 
     def test_that_match_nothing_are_told(self) -> None:
         step = only(squeezed(Step(Sparsify(), [Rule("a"), Rule("misspelt*", {"sparsity": 0.9})])))
-        assert step.notes == ("rule 'misspelt*' matched no site",)
+        assert [note for note in step.notes if "rule" in note] == ["rule 'misspelt*' matched no site"]
 
 
 class TestRepetition:
