@@ -122,9 +122,73 @@ def huffman_session(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sparsity(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `sparsity.py`: a line for each model and share of zeros."""
+    lines = [
+        "| model | zeros | original | smallest of each layer | smallest of all | repaired | bytes | packed | shared, Huffman coded "
+        "| s | peak MB |",
+        "|---|---|---|---|---|---|--:|--:|---|--:|--:|",
+    ]
+    rows = {(row["name"], row["setting"]): row for row in figures["models"]}
+    for (name, setting), row in rows.items():
+        if "repair=false" in setting:
+            continue
+        if "error" in row:
+            lines.append(f"| {name} | {setting} | {row['error']} |||||||||")
+            continue
+        others = [rows.get((name, f"{setting},repair=false,scope={scope},criterion=magnitude")) for scope in ("layer", "global")]
+        cells = [_score(other, 1) if other is not None else "–" for other in others]
+        zeros = setting.removeprefix("pattern=") if "pattern" in setting else f"{float(setting.partition('=')[2]):.0%}"
+        shared = f"{row['shared_bytes']:,}: {_score({**row['shared'], 'spearman': row.get('spearman', [])[::2]}, 1)}"
+        lines.append(
+            f"| {name} | {zeros} | {_score(row, 0)} | {cells[0]} | {cells[1]} | {_score(row, 1)} | {row['bytes_before']:,} "
+            f"| {row['packed_bytes']:,} | {shared} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return lines
+
+
+def _score(row: dict[str, Any], which: int) -> str:
+    """Returns top-1 or Spearman of the original (0) or the result (1), where there is one, and the result's SQNR."""
+    if "error" in row:
+        return str(row["error"])
+    parts = []
+    if row["accuracy"] is not None:
+        parts.append(f"{row['accuracy'][which]:.2%}")
+    elif row.get("spearman"):
+        parts.append(f"{100 * row['spearman'][which]:.2f}")
+    if which and row["sqnr_db"] is not None:
+        parts.append("exact" if row["sqnr_db"] >= 300 else f"{row['sqnr_db']:.1f} dB")
+    return ", ".join(parts) or "–"
+
+
+def sparse_forms(figures: dict[str, Any]) -> list[str]:
+    """Returns the bytes of each form of `sparse_forms.py` over those of the dense tensor."""
+    forms = list(dict.fromkeys(row["form"] for row in figures["forms"] if row["form"] != "dense"))
+    lines = [f"| zeros | {' | '.join(f'`{form}`' if '_' in form else form for form in forms)} |", "|---" + "|--:" * len(forms) + "|"]
+    share = {(row["zeros"], row["form"]): row["of_dense"] for row in figures["forms"]}
+    for zeros in dict.fromkeys(row["zeros"] for row in figures["forms"]):
+        label = zeros if ":" in zeros else f"{float(zeros):.0%}"
+        cells = [f"{share[zeros, form]:.3f}" if (zeros, form) in share else "–" for form in forms]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def prune_methods(figures: dict[str, Any]) -> list[str]:
+    """Returns the output errors that `prune_speed.py` measured, by method."""
+    methods = list(next(iter(next(iter(figures["methods"].values())).values())))
+    lines = [f"| layers | zeros | {' | '.join(methods)} |", "|---|---" + "|--:" * len(methods) + "|"]
+    for layers, settings in figures["methods"].items():
+        for setting, errors in settings.items():
+            lines.append(f"| {layers} | {setting} | {' | '.join(f'{errors[method]:.1f}' for method in methods)} |")
+    return lines
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "coded_size": ("coded_size", coded_size),
     "coded_cost": ("coded_size", coded_cost),
+    "sparsity": ("sparsity", sparsity),
+    "sparse_forms": ("sparse_forms", sparse_forms),
+    "prune_methods": ("prune_speed", prune_methods),
     "huffman_session": ("huffman_session", huffman_session),
     "share_8bit": ("share_8bit", share_8bit),
     "share_8bit_stripped": ("share_8bit_stripped", share_8bit),
