@@ -125,8 +125,7 @@ def huffman_session(figures: dict[str, Any]) -> list[str]:
 def sparsity(figures: dict[str, Any]) -> list[str]:
     """Returns the table of `sparsity.py`: a line for each model and share of zeros."""
     lines = [
-        "| model | zeros | original | smallest of each layer | smallest of all | repaired | bytes | packed | shared, Huffman coded "
-        "| s | peak MB |",
+        "| model | zeros | original | least of each layer | least of all | repaired | bytes | packed | 5-bit codes | s | MB |",
         "|---|---|---|---|---|---|--:|--:|---|--:|--:|",
     ]
     rows = {(row["name"], row["setting"]): row for row in figures["models"]}
