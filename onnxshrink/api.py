@@ -1,4 +1,4 @@
-"""The front door: compress, verify, expand, inspect and bench, as library calls.
+"""The front door: compress, verify, expand, load, inspect and bench, as library calls.
 
     from onnxshrink import compress, Tolerance
     from onnxshrink.passes.share_weights import ShareWeights
@@ -101,7 +101,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Expanded:
-    """A model with dense weights, the sites that were stored as codes, and the files that `save` does not replace."""
+    """A model with dense weights, the sites that were stored as codes or packed zeros, and the files that `save` does not replace."""
 
     graph: Graph
     sites: tuple[str, ...]
@@ -214,7 +214,7 @@ def verify(
 
 
 def expand(model: ModelSource) -> Expanded:
-    """Returns the model with every coded weight as a plain dense tensor again.
+    """Returns the model with every weight that is stored as codes or packed zeros as a plain dense tensor again.
 
     Raises:
         ModelError: the model cannot be read.
@@ -288,7 +288,8 @@ def bench(
     """Measures two models on the same inputs, in interleaved runs.
 
     Raises:
-        ModelError: one of them cannot be read or run.
+        ModelError: one of them cannot be read, or the first cannot be run.
+        ValidationError: the second cannot be run on the first one's inputs.
         InputsError: the inputs do not fit the first.
     """
     first, second = read_model(a), read_model(b)

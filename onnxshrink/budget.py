@@ -19,7 +19,7 @@ from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.level_choice import step_levels
+from onnxshrink.numerics.level_choice import halves, step_levels
 from onnxshrink.numerics.levels import RowLevels
 from onnxshrink.numerics.rates import Layer, predicted_bits, predicted_error, steps_for_error, steps_for_rate
 from onnxshrink.repair import Repaired
@@ -93,7 +93,7 @@ def _codable(plans: Sequence[Plan], squared_error: float) -> list[Plan]:
 def _code(
     graph: Graph, plans: Sequence[Plan], steps: Sequence[float], context: Context, rate_weight: float
 ) -> tuple[dict[str, Coding], Repaired]:
-    scales = {item.weight.site: _half(item.scales * np.float32(step)) for item, step in zip(plans, steps, strict=True)}
+    scales = {item.weight.site: halves(item.scales * np.float32(step)) for item, step in zip(plans, steps, strict=True)}
 
     def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
         return step_levels(rows, scales[weight.site], rate_weight), f"uniform grid, {len(rows)} channels"
@@ -104,14 +104,6 @@ def _code(
 
 def _with_entropy(coding: Coding) -> Coding:
     return replace(coding, detail=f"{coding.detail}, entropy {coding.entropy:.2f} bits")
-
-
-def _half(scales: Array) -> Array:
-    """Returns the scales rounded to float16, which the file then holds, unless that is out of its normal range."""
-    limits = np.finfo(np.float16)
-    if scales.min() < limits.tiny or scales.max() > limits.max:
-        return scales
-    return scales.astype(np.float16).astype(np.float32)
 
 
 def _decoded(plans: Sequence[Plan], codings: dict[str, Coding], repaired: Repaired) -> dict[str, Array]:

@@ -275,7 +275,7 @@ def _read_once(data: Samples) -> Samples:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns what sums refuse, activations that are not finite, into the error of this room."""
+    """Turns what sums refuse, activations that are not finite, into a `ValidationError`."""
     try:
         yield
     except ValueError as error:

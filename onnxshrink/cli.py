@@ -222,13 +222,13 @@ def inspect(
         )
         if plot is not None and found.sensitivity is not None:
             draw_degradation(found.sensitivity, plot, model.name)
-    _show(as_json, found.to_dict(), lambda: tables.inspection(found))
+    _show(as_json, found.to_dict(), lambda: tables.inspection(found, "" if plot is None else str(plot)))
 
 
 @app.command()
 @_guarded
 def expand(model: ModelPath, output: OutPath, as_json: AsJson = False) -> None:
-    """Write a model with plain dense weights, undoing weight sharing."""
+    """Write a model with plain dense weights, undoing weight sharing and packed zeros."""
     from onnxshrink import api, tables
     from onnxshrink.graph.files import check_output
 

@@ -176,6 +176,7 @@ class Pass(ABC):
     """A rewrite of the graph. Subclasses are frozen keyword-only dataclasses whose fields are declared with `option`."""
 
     name: ClassVar[str]
+    runs_last: ClassVar[bool] = False  # passes that others want to end with (`finish_with`) come before it nevertheless
 
     def __post_init__(self) -> None:
         check_options(self.name, self)

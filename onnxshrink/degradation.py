@@ -29,7 +29,8 @@ from onnxshrink.inputs import Samples
 from onnxshrink.metrics import DRIFT_LIMIT, SQNR_LIMIT_DB
 from onnxshrink.numerics.patterns import Pattern
 from onnxshrink.sensitivity import OutputProbe
-from onnxshrink.sparsity import Target, probed_curves, sparsify_alone, sparsify_in_turn
+from onnxshrink.sparsity import probed_curves, sparsify_alone, sparsify_in_turn
+from onnxshrink.targets import Target
 from onnxshrink.validate import Comparison, Reference, compare
 
 __all__ = [
@@ -196,9 +197,11 @@ def _can_be_probed(weight: Weight) -> bool:
 
 
 def _coded(graph: Graph) -> list[str]:
-    """Returns a note on weights that are stored as codes, where there are any."""
-    count = len(coded_weights(graph))
-    left = f"{count} weight{'s' * (count != 1)} stored as codes left alone: expand the model to probe what is in them"
+    """Returns a note on weights that are stored as codes or packed zeros, where there are any."""
+    found = coded_weights(graph)
+    count, packed = len(found), any(item.is_sparse for item in found)
+    stored = "as codes or packed zeros" if packed else "as codes"
+    left = f"{count} weight{'s' * (count != 1)} stored {stored} left alone: expand the model to probe what is in them"
     return [left] if count else []
 
 

@@ -29,7 +29,7 @@ class Evidence:
         synthetic: whether they were made up.
         given: for passes; None when there are none to spare.
         judged: what the result is judged on; disjoint from the former.
-        probing: a few inputs by which sites are compared; others than those that judge, unless there is only one.
+        probing: a few inputs by which sites are compared; others than those that judge, unless none are to spare.
         reference: the original's outputs on those.
     """
 
@@ -69,7 +69,7 @@ def gather(
 def _is_same(calibration: InputSource | None, validation: InputSource) -> bool:
     """Whether both are one object or one place."""
     if isinstance(calibration, str | os.PathLike) and isinstance(validation, str | os.PathLike):
-        return Path(calibration).absolute() == Path(validation).absolute()
+        return Path(calibration).resolve() == Path(validation).resolve()
     return calibration is validation
 
 

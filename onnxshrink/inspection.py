@@ -35,7 +35,7 @@ class WeightInfo:
 
     Attributes:
         site: model-wide name.
-        op: what reads it; several ops are joined by +.
+        op: what reads it; several ops are joined by +. ``codes`` or ``sparse`` where it is computed from what is stored.
         shape: of the tensor.
         dtype: of the values.
         nbytes: in the file, as stored now.
@@ -114,7 +114,8 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
     for coded, codes in zip(stored, _codes(stored), strict=True):
         beside = coded.nbytes - round(sum(piece.nbytes for piece in coded.pieces))
         nbytes = beside + round(codes.nbytes) if coded.pieces else coded.nbytes
-        infos.append(_info(coded.site, "codes", coded.values(), nbytes, None, answers, codes))
+        op, codes_if_any = ("sparse", None) if coded.is_sparse else ("codes", codes)
+        infos.append(_info(coded.site, op, coded.values(), nbytes, None, answers, codes_if_any))
     with materialised(graph) as (_, nbytes):
         total = nbytes
     ops = Counter(node.op for scope in graph.scopes() if not is_decoder_scope(scope) for node in scope.graph.nodes)
@@ -235,7 +236,6 @@ def _info(
         actions={name: text for name, (acts, text) in mine.items() if acts},
         obstacles={name: text for name, (acts, text) in mine.items() if not acts},
     )
-
 
 
 def _signature(tensor: Any) -> str:

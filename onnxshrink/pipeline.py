@@ -249,7 +249,7 @@ def _report(
         reason = failures[-1] if len(failures) == 1 else f"{failures[-1]} (after {len(failures)} attempts)"
     elif outcome == "weakened":
         names = [field.name for field in dataclasses.fields(ran) if getattr(ran, field.name) != getattr(asked, field.name)]
-        changed = ", ".join(f"{name} = {format_option(getattr(ran, name))}" for name in names)
+        changed = ", ".join(f"{name.replace('_', '-')} = {format_option(getattr(ran, name))}" for name in names)
         means = filter(None, [changed, "some sites spared" if attempt.spared else ""])
         reason = f"with {' and '.join(means)} it stays within the limits; as asked: {failures[0]}"
     return PassReport(

@@ -78,7 +78,7 @@ def draw_degradation(found: Degradation, path: str | os.PathLike[str], title: st
         panels = figure.subplots(1, 2 + decides, squeeze=False)[0]
         if decides:
             _draw_decisions(panels[0], found)
-        _draw_sqnr(panels[-2], found.curves)
+        _draw_sqnr(panels[-2], found)
         _draw_layers(panels[-1], found)
         _write(figure, Path(path))
 
@@ -87,19 +87,21 @@ def _draw_decisions(axes: Axes, found: Degradation) -> None:
     """Draws top-1 accuracy where there are labels, else agreement with the original."""
     labels = found.top1 is not None
     whole = found.top1 if found.top1 is not None else 1.0  # without zeros it agrees with itself
-    for index, curve in enumerate(found.curves):
+    patterns = _patterns(found)
+    for curve in found.curves:
         sparsities, shares = _decisions(curve, labels=labels)
-        _line(axes, [0.0, *sparsities], [100 * share for share in (whole, *shares)], curve, index)
+        _line(axes, [0.0, *sparsities], [100 * share for share in (whole, *shares)], curve, patterns.index(curve.pattern))
     axes.set_ylabel("top-1 accuracy, %" if labels else "decisions that agree with the original's, %")
     axes.set_ylim(bottom=0)
     _finish(axes)
 
 
-def _draw_sqnr(axes: Axes, curves: Sequence[ModelCurve]) -> None:
-    for index, curve in enumerate(curves):
+def _draw_sqnr(axes: Axes, found: Degradation) -> None:
+    patterns = _patterns(found)
+    for curve in found.curves:
         points = [point for point in curve.points if point.sqnr_db < _EQUAL_DB]
         decibels = [max(point.sqnr_db, _FLOOR_DB) for point in points]
-        _line(axes, [point.sparsity for point in points], decibels, curve, index)
+        _line(axes, [point.sparsity for point in points], decibels, curve, patterns.index(curve.pattern))
     axes.set_ylabel("SQNR of the worst output, dB")
     _finish(axes)
 
@@ -107,8 +109,7 @@ def _draw_sqnr(axes: Axes, curves: Sequence[ModelCurve]) -> None:
 def _draw_layers(axes: Axes, found: Degradation) -> None:
     """Draws the SQNR that zeros in one layer alone leave, most sensitive on top."""
     layers = found.layers[:_MOST_LAYERS]
-    patterns = list(dict.fromkeys(pattern for layer in layers for pattern in layer.curves))
-    for index, pattern in enumerate(patterns):
+    for index, pattern in enumerate(_patterns(found)):
         points = [
             (max(point.sqnr_db, _FLOOR_DB), place)
             for place, layer in enumerate(layers)
@@ -126,6 +127,12 @@ def _draw_layers(axes: Axes, found: Degradation) -> None:
     axes.grid(alpha=0.3)
     if layers:
         axes.legend()
+
+
+def _patterns(found: Degradation) -> list[str]:
+    """Returns the patterns in the order of their colors: one each, the same in all panels; what is made up for has another line."""
+    of_layers = (pattern for layer in found.layers for pattern in layer.curves)
+    return list(dict.fromkeys([*(curve.pattern for curve in found.curves), *of_layers]))
 
 
 def _line(axes: Axes, sparsities: Sequence[float], values: Sequence[float], curve: ModelCurve, index: int) -> None:

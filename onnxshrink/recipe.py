@@ -15,7 +15,6 @@ Every level is strict: an unknown key is an error that suggests the nearest know
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import tomllib
@@ -64,14 +63,17 @@ def default_recipe(limits: Tolerance | None = None, calibrated: bool = False) ->
 
 
 def finished(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Returns the steps, and after them the passes that they want to end with, each once, those that are among them already left out.
+    """Returns the steps with the passes that they want to end with, each once, those that are among them already left out.
 
     Raises:
         RegistryError: a pass wants to end with one that does not exist.
     """
     present = {step.run.name for step in steps}
     wanted = dict.fromkeys(name for step in steps for name in step.run.finish_with if name not in present)
-    return (*steps, *(Step(pass_class(name)()) for name in wanted))
+    end = len(steps)
+    while end and steps[end - 1].run.runs_last:
+        end -= 1
+    return (*steps[:end], *(Step(pass_class(name)()) for name in wanted), *steps[end:])
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -153,7 +155,7 @@ def _rule(owner: str, default: Pass, entry: Any) -> Rule:
         raise RecipeError(f"{owner}: match must be given, e.g. match = \"*/layer4/*\"")
     try:
         options = convert_options(default.name, type(default), entry.get("options", {}), per_site=True)
-        dataclasses.replace(default, **options)  # range checks now, not in the middle of a run
+        default.with_options(options)  # range checks now, not in the middle of a run
     except OptionError as error:
         raise RecipeError(f"{owner}: {error}") from error
     return Rule(entry["match"], options, entry.get("skip"))

@@ -25,8 +25,9 @@ import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.graph.edit import set_values
+from onnxshrink.graph.excerpt import reads
 from onnxshrink.graph.expectations import Expectations, is_inference
-from onnxshrink.graph.ir import Constant, Graph, Node, Tensor
+from onnxshrink.graph.ir import Constant, Graph, Tensor
 from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Use, Weight
 from onnxshrink.graph.weights import weights as weights_of
@@ -154,20 +155,12 @@ def _dependences(graph: Graph, weights: Sequence[Weight]) -> list[int]:
             used[id(use.node)] = used.get(id(use.node), 0) | 1 << index
     before: dict[int, int] = {}
     for node in graph.nodes:
-        makers = {id(maker) for tensor in _reads(node) for maker in tensor.inputs}
+        makers = {id(maker) for tensor in reads(node) for maker in tensor.inputs}
         before[id(node)] = reduce(or_, (before.get(maker, 0) | used.get(maker, 0) for maker in makers), 0)
     return [
         reduce(or_, (before.get(id(use.node), 0) for use in weight.uses), 0) & ~(1 << index)
         for index, weight in enumerate(weights)
     ]
-
-
-def _reads(node: Node) -> Iterator[Tensor]:
-    """Yields what a node reads, and what the nodes of its bodies do."""
-    yield from node.inputs
-    for _, body in node.bodies():
-        for inner in body.nodes:
-            yield from _reads(inner)
 
 
 def _repair(weight: Weight, moments: PairedGram, rewrite: Rewrite) -> Array:

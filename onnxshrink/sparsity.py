@@ -33,7 +33,7 @@ from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe, folds
 from onnxshrink.targets import Target
 
-__all__ = ["Scope", "Target", "curves", "probed_curves", "removed_shares", "sparsify_alone", "sparsify_in_turn"]
+__all__ = ["Scope", "curves", "probed_curves", "removed_shares", "sparsify_alone", "sparsify_in_turn"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Scope = Literal["layer", "global", "erk", "sensitivity"]

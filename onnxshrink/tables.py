@@ -24,7 +24,7 @@ from onnxshrink.validate import Tolerance
 
 if TYPE_CHECKING:
     from onnxshrink.api import Expanded, Verification
-    from onnxshrink.degradation import Degradation, ModelPoint
+    from onnxshrink.degradation import Degradation, ModelCurve, ModelPoint
     from onnxshrink.demo import DemoResult
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
@@ -73,8 +73,8 @@ def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, toleran
     return Group(escape(head), table) if metrics else escape(head.rstrip(":"))
 
 
-def inspection(found: Inspection) -> RenderableType:
-    """Returns the model's head line and its largest weights."""
+def inspection(found: Inspection, picture: str = "") -> RenderableType:
+    """Returns the model's head line and its largest weights; and where the picture of its curves was written, if one was."""
     head = f"[bold]{escape(found.model)}[/]: {format_bytes(found.nbytes)}, opset {found.opset}, IR {found.ir_version}"
     ops = ", ".join(f"{op} {count}" for op, count in list(found.ops.items())[:8])
     table = _table("weight", ">bytes", ">zeros", ">distinct", ">entropy", ">MACs", "would act")
@@ -92,6 +92,8 @@ def inspection(found: Inspection) -> RenderableType:
         lines.append(obstacles)
     if found.sensitivity is not None:
         lines += sensitivity(found.sensitivity)
+    if picture:
+        lines.append(f"\ncurves drawn to {escape(picture)}")
     return Group(*lines, *(f"[yellow]note:[/] {escape(note)}" for note in found.notes))
 
 
@@ -108,7 +110,10 @@ def sensitivity(found: Degradation) -> list[RenderableType]:
     top1 = f", top-1 of the original {format_share(found.top1)}" if found.top1 is not None else ""
     of = f"{found.samples} sample{'s' * (found.samples != 1)} of {PurePath(found.inputs).name}"
     lines.append(f"\nZeros in all layers at once, {escape(of)}{top1}:")
-    return [*lines, _curves(found), *notes]
+    lines.append(_curves([curve for curve in found.curves if not curve.repaired], labels=found.top1 is not None))
+    if repaired := [curve for curve in found.curves if curve.repaired]:
+        lines += ["\nThe same, made up for:", _curves(repaired, labels=found.top1 is not None)]
+    return [*lines, *notes]
 
 
 def verification(found: Verification, limits: Tolerance) -> RenderableType:
@@ -169,7 +174,7 @@ def passes(described: Sequence[PassInfo]) -> RenderableType:
         table = _table("option", "default", "allowed", "meaning")
         for info in found.options:
             table.add_row(info.name, str(info.default).lower(), escape(info.allowed), escape(info.help))
-        parts += [f"\n[bold]{escape(found.name)}[/]  {escape(found.summary)}", table]
+        parts += [f"\n[bold]{escape(found.name)}[/]  {escape(found.summary)}", table if found.options else "[dim]no options[/]"]
     return Group(*parts)
 
 
@@ -228,16 +233,14 @@ def _layers(found: Degradation) -> Table:
     return table
 
 
-def _curves(found: Degradation) -> Table:
-    """Returns the curves of the whole model side by side; accuracy where there are labels, else agreement."""
-    labels = found.top1 is not None
-    decides = labels or any(point.agreement is not None for curve in found.curves for point in curve.points)
+def _curves(curves: Sequence[ModelCurve], *, labels: bool) -> Table:
+    """Returns curves of the whole model side by side; accuracy where there are labels, else agreement."""
+    decides = labels or any(point.agreement is not None for curve in curves for point in curve.points)
     table = _table(">\nzeros")
-    for curve in found.curves:
-        name = f"{curve.pattern}, made up for" if curve.repaired else curve.pattern
+    for curve in curves:
         for index, column in enumerate(["dB", "top-1" if labels else "agreement"][: 1 + decides]):
-            table.add_column(f"{name if not index else ''}\n{column}", justify="right", overflow="fold")
-    for points in zip(*(curve.points for curve in found.curves), strict=True):
+            table.add_column(f"{curve.pattern if not index else ''}\n{column}", justify="right", overflow="fold")
+    for points in zip(*(curve.points for curve in curves), strict=True):
         cells = [_curve_cells(point, labels)[: 1 + decides] for point in points]
         table.add_row(f"{points[0].sparsity:.0%}", *(cell for pair in cells for cell in pair))
     return table

@@ -11,7 +11,7 @@ import numpy as np
 from onnxshrink.contract import Context
 from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.masks import choose
-from onnxshrink.numerics.patterns import Mask, Pattern
+from onnxshrink.numerics.patterns import Mask, Norm, Pattern
 from onnxshrink.numerics.pruning import prune
 from onnxshrink.numerics.saliency import Criterion, additive, saliency
 
@@ -33,6 +33,7 @@ class Target:
         threshold: of |w|, at and below which weights go, instead of a share; or None.
         least: share of zeros that it gets at least where layers compete.
         most: share of zeros that it gets at most.
+        norm: that puts the scores of a block, row or column together; None for the one that fits the criterion.
     """
 
     weight: Weight
@@ -41,6 +42,7 @@ class Target:
     threshold: float | None = None
     least: float = 0.0
     most: float = 1.0
+    norm: Norm | None = None
 
     @property
     def asks_for_inputs(self) -> bool:
@@ -115,7 +117,7 @@ class Target:
         order, criterion = self.columns, self._criterion(grams)
         scores = saliency(matrix, criterion, grams, seed=self._seed(context))[:, order]
         removed = None if self.pattern.kind == "n:m" else share
-        kept = choose(scores, self.pattern, removed, norm=additive(criterion), frozen=zeros[:, order])
+        kept = choose(scores, self.pattern, removed, norm=self.norm or additive(criterion), frozen=zeros[:, order])
         return kept[:, np.argsort(order)]
 
     def comparable(self, grams: Array | None, context: Context) -> Array:

@@ -38,7 +38,7 @@ from onnxshrink.options import check_options, option
 from onnxshrink.outputs import Outputs, OutputStore
 from onnxshrink.runtime import AnyModel, Session, is_floating, is_integer, session
 
-__all__ = ["Accuracy", "Comparison", "Metric", "OutputMetrics", "Reference", "Tolerance", "compare", "verify_models"]
+__all__ = ["Accuracy", "Comparison", "Metric", "OutputMetrics", "Reference", "Tolerance", "compare"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Metric = Callable[[Sequence[Outputs], Sequence[Outputs]], float]
@@ -231,18 +231,6 @@ def compare(
     if metrics and judge.failure is None:
         found = {name: _measure(name, metric, reference.outputs, kept) for name, metric in metrics.items()}
     return Comparison(judge.outputs(), judge.failure, len(reference.samples), judge.accuracy(), found)
-
-
-def verify_models(
-    original: AnyModel,
-    candidate: AnyModel,
-    samples: Samples,
-    *,
-    metrics: Mapping[str, Metric] | None = None,
-    threads: int | None = None,
-) -> Comparison:
-    """Returns how far a candidate is from the original; see `Reference` and `compare`."""
-    return compare(Reference(original, samples, threads=threads), candidate, metrics=metrics, threads=threads)
 
 
 class _Judge:

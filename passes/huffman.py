@@ -100,6 +100,8 @@ class Huffman(Pass):
 
     def _obstacle(self, coded: Coded, graph: Graph, context: Context) -> str:
         """Returns why a weight cannot be Huffman coded though others can, or nothing."""
+        if coded.is_sparse:
+            return "is stored as values and where they are, not as codes"
         if coded.pieces:
             return "is Huffman coded already"
         readers = [name for node in coded.output.outputs for name in (node.name, node.site) if name]

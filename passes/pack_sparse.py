@@ -22,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
-from onnxshrink.graph.coded import coded_weights
+from onnxshrink.graph.coded import Coded, coded_weights
 from onnxshrink.graph.edit import NameSource, constant_bytes
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.sparse_form import SparseForm, sparse_forms, store_sparse
@@ -42,7 +42,7 @@ class PackSparse(Pass):
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
         coded = coded_weights(graph)
-        answers: list[Change | Skip] = [Skip(item.site, _as_stored(item.is_sparse)) for item in coded]
+        answers: list[Change | Skip] = [Skip(item.site, _as_stored(item)) for item in coded]
         found = [weight for weight in weights(graph) if is_float(weight.constant.dtype)]
         names, in_functions = NameSource(graph), {id(scope.graph) for function in graph.local_functions for scope in function.scopes()}
         for number, weight in enumerate(found, 1):  # one after the other: forms of several gigabytes must not add up
@@ -58,8 +58,10 @@ class PackSparse(Pass):
         )
 
 
-def _as_stored(is_sparse: bool) -> str:
-    return "is stored as values and where they are already" if is_sparse else "is stored as codes, which huffman makes smaller"
+def _as_stored(coded: Coded) -> str:
+    if coded.is_sparse:
+        return "is stored as values and where they are already"
+    return "is Huffman coded already" if coded.pieces else "is stored as codes, which huffman makes smaller"
 
 
 def _pack(weight: Weight, stored: int, names: NameSource, in_function: bool) -> Change | Skip:

@@ -65,7 +65,8 @@ __all__ = ["ShareWeights"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _MOST_BITS, _HALF_BITS = 8, 16
 _LEAST_CODES_PER_CODEBOOK = 8  # bits of codes per bit of codebook; with less, a uniform grid is the better bargain
-_WEAKER_SQNR_DB, _WEAKER_RATE = 1.5, 1.1
+_WEAKER_SQNR_DB, _WEAKER_RATE, _WEAKER_STEP = 1.5, 1.1, 0.7
+_FINEST_STEP = 0.02  # in rms: codes of a byte reach no finer with weights of a few rms among the others
 _HIGHEST_SQNR_DB = 70.0  # codes of a byte reach no further
 
 
@@ -108,6 +109,10 @@ class ShareWeights(Pass):
         given = [_kebab(name) for name in ("bits_per_weight", "sqnr", "step") if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(f"{self.name}: {' and '.join(given[:2])} both set the steps; give one of them")
+        if given and self.method == "kmeans":
+            raise OptionError(f"{self.name}: {given[0]} sets the steps of uniform grids; leave out method=kmeans")
+        if self.per != "scale" and self.has_budget:
+            raise OptionError(f"{self.name}: {given[0]} gives every channel a step of its own; leave out per={self.per}")
         tiled = [_kebab(name) for name in ("block", "channels_per_scale") if getattr(self, name) not in (None, 1)]
         if tiled and self.has_budget:
             raise OptionError(f"{self.name}: {given[0]} gives every channel a step of its own; leave out {' and '.join(tiled)}")
@@ -149,18 +154,21 @@ class ShareWeights(Pass):
         return {"bits": _HALF_BITS}
 
     def weaker(self) -> Self | None:
-        """Returns the pass with one bit more, or a larger budget."""
+        """Returns the pass with one bit more, a finer step, or a larger budget."""
         if self.sqnr is not None:
             higher = self.sqnr + _WEAKER_SQNR_DB
             return replace(self, sqnr=higher) if higher <= _HIGHEST_SQNR_DB else None
         if self.bits_per_weight is not None:
             more = self.bits_per_weight * _WEAKER_RATE
             return replace(self, bits_per_weight=more) if more <= _MOST_BITS else None
+        if self.step is not None and self.bits != _HALF_BITS:
+            finer = self.step * _WEAKER_STEP
+            return replace(self, step=finer) if finer >= _FINEST_STEP else None
         return replace(self, bits=self.bits + 1) if self.bits < _MOST_BITS else None
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
-        coded = [Skip(coded.site, "is stored as codes already") for coded in coded_weights(graph)]
+        coded = [Skip(coded.site, _as_stored(coded.is_sparse)) for coded in coded_weights(graph)]
         found = weights(graph)
         options = {weight.site: context.options(self, weight.names) for weight in found}
         settled = context.map(lambda weight: _settled(weight, options[weight.site]), found)
@@ -215,6 +223,10 @@ class ShareWeights(Pass):
         if ruled := [weight.site for weight in lossy if options[weight.site] != self]:
             notes = [*notes, f"what rules say of {', '.join(ruled)} has no effect: all weights share one budget"]
         return codings, repaired, notes
+
+
+def _as_stored(is_sparse: bool) -> str:
+    return "is stored as values and where they are; expand the model to share them" if is_sparse else "is stored as codes already"
 
 
 def _can_be_pruned(weight: Weight, chosen: ShareWeights) -> bool:

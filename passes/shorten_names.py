@@ -23,6 +23,7 @@ class ShortenNames(Pass):
     """Shortens the names of inner tensors and drops those of nodes; inputs and outputs keep theirs."""
 
     name: ClassVar[str] = "shorten-names"
+    runs_last: ClassVar[bool] = True
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""

@@ -36,12 +36,14 @@ from onnxshrink.numerics.densities import cubic_schedule
 from onnxshrink.numerics.patterns import Pattern
 from onnxshrink.options import option
 from onnxshrink.repair import Repaired
-from onnxshrink.sparsity import Target, removed_shares, sparsify_alone, sparsify_in_turn
+from onnxshrink.sparsity import removed_shares, sparsify_alone, sparsify_in_turn
+from onnxshrink.targets import Target
 
 __all__ = ["Sparsify"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _DEFAULT_SPARSITY = 0.5
+_DEFAULT_STEPS = 4
 _LEAST_SPARSITY = 0.05  # below it, a weaker retry saves nothing worth having
 _LEAST_THRESHOLD = 1e-6  # far below the weights of any layer that has not been scaled on purpose
 _WEAKER = 0.75
@@ -64,9 +66,10 @@ class Sparsify(Pass):
     )
     criterion: str = option(
         "auto",
-        "what goes first; auto searches for the zeros that can be made up for best",
+        "what goes first; auto searches for the zeros that can be made up for best; wanda and obs go by calibration data",
         choices=("auto", "magnitude", "wanda", "obs", "lamp", "random"),
     )
+    norm: str = option("auto", "puts the scores of a block, row or column together", choices=("auto", "l1", "l2"))
     least: float = option(0.0, "least share of zeros in a layer, where layers compete", low=0.0, high=1.0)
     most: float = option(1.0, "greatest share of zeros in a layer, where layers compete", low=0.0, high=1.0)
     schedule: str = option(
@@ -75,7 +78,7 @@ class Sparsify(Pass):
         choices=("one-shot", "iterative", "gradual"),
         per_site=False,
     )
-    steps: int = option(4, "steps of a schedule", low=2, high=100, per_site=False)
+    steps: int = option(_DEFAULT_STEPS, "steps of a schedule", low=2, high=100, per_site=False)
     initial_sparsity: float = option(0.0, "sparsity that a schedule starts from", low=0.0, high=1.0, per_site=False)
     repair: bool = option(
         True, "whether zeros are made up for, as far as calibration data or, without any, normalizations tell how", per_site=False
@@ -93,8 +96,12 @@ class Sparsify(Pass):
             raise OptionError(must(self.name, "schedule", f"one-shot for {pattern}, which fixes every group", repr(self.schedule)))
         if self.threshold is not None and (self.sparsity is not None or pattern.kind != "unstructured"):
             raise OptionError(f"{self.name}: a threshold sets the share of zeros by itself; leave sparsity and pattern out")
+        if self.norm != "auto" and self.criterion == "auto":
+            raise OptionError(f"{self.name}: the search for zeros scores no blocks; norm wants a criterion")
         if self.least > self.most:
             raise OptionError(must(self.name, "least", f"at most most, {self.most:g}", self.least))
+        if self.schedule == "one-shot" and (self.steps != _DEFAULT_STEPS or self.initial_sparsity):
+            raise OptionError(f"{self.name}: steps and initial-sparsity say how a schedule goes; one-shot has none")
         if self.initial_sparsity > self.share:
             raise OptionError(must(self.name, "initial-sparsity", f"at most the sparsity, {self.share:g}", self.initial_sparsity))
 
@@ -124,7 +131,7 @@ class Sparsify(Pass):
         """
         if not options:
             return self
-        own: dict[str, Any] = {"scope": "auto", "schedule": "one-shot", "initial_sparsity": 0.0}
+        own: dict[str, Any] = {"scope": "auto", "schedule": "one-shot", "steps": _DEFAULT_STEPS, "initial_sparsity": 0.0}
         if options.get("threshold") is not None:
             own |= {"sparsity": None, "pattern": "unstructured"}
         elif options.get("sparsity") is not None or "pattern" in options:
@@ -145,7 +152,7 @@ class Sparsify(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
-        skips = [Skip(coded.site, "is stored as codes; sparsify before sharing") for coded in coded_weights(graph)]
+        skips = [Skip(coded.site, _as_stored(coded.is_sparse)) for coded in coded_weights(graph)]
         sites: list[tuple[Weight, Sparsify]] = []
         found = weights(graph)
         for weight in found:
@@ -168,7 +175,8 @@ class Sparsify(Pass):
         moved = {id(biases[change.site][0]) for change in changes if change.site in biases}
         parts = {weight.site for weight in found if id(weight.constant) in moved}  # not left as they were, so no skips
         left = [skip for skip in skips if skip.site not in parts]
-        return Report(changes, left, _notes(sites, {change.site for change in changes}))
+        notes = [*self._unheeded(sites, context), *_notes(sites, {change.site for change in changes})]
+        return Report(changes, left, notes)
 
     def _sparse(
         self, graph: Graph, sites: Sequence[tuple[Weight, Sparsify]], context: Context
@@ -205,9 +213,22 @@ class Sparsify(Pass):
         try:
             found = removed_shares(graph, competing, scope, self.share, context, self.repair)  # type: ignore[arg-type]  # one of its scopes
         except OptionError as error:
-            raise OptionError(f"{self.name}: {error}") from None
+            raise OptionError(f"{self.name}: {str(error).removeprefix('densities: ')}; least and most bound every layer") from None
         shares |= {target.weight.site: share for target, share in zip(competing, found, strict=True)}
         return list(shares.values())
+
+    def _unheeded(self, sites: Sequence[tuple[Weight, Sparsify]], context: Context) -> list[str]:
+        """Returns what was asked for and could not be done, for want of calibration data or of repair."""
+        notes, calibrated = [], context.activations is not None
+        asking = sorted({chosen.criterion for weight, chosen in sites if chosen.target(weight).asks_for_inputs})
+        if asking and not calibrated:
+            notes.append(f"criterion {' and '.join(asking)} goes by calibration data, and there is none: the smallest weights went")
+        if self.scope == "sensitivity" and not self.sites_are_independent and not calibrated:
+            notes.append("scope sensitivity measures outputs on calibration data, and there is none: squares of weights stood for them")
+        if self.schedule != "one-shot" and not (calibrated and self.repair):
+            missing = "repair" if calibrated else "calibration data"
+            notes.append(f"schedule {self.schedule} was taken in one step: without {missing} nothing is measured in between")
+        return notes
 
     def _competes(self, chosen: Sparsify, *, with_criterion: bool) -> bool:
         """Whether a site of these options gets its share of zeros together with others."""
@@ -217,7 +238,14 @@ class Sparsify(Pass):
     def target(self, weight: Weight) -> Target:
         """Returns what these options make of a weight."""
         criterion: Any = None if self.criterion == "auto" else self.criterion
-        return Target(weight, Pattern.parse(self.pattern), criterion, self.threshold, self.least, self.most)
+        norm: Any = None if self.norm == "auto" else self.norm
+        return Target(weight, Pattern.parse(self.pattern), criterion, self.threshold, self.least, self.most, norm)
+
+
+def _as_stored(is_sparse: bool) -> str:
+    if is_sparse:
+        return "is stored as values and where they are; expand the model to sparsify it further"
+    return "is stored as codes; sparsify before sharing"
 
 
 def _obstacle(weight: Weight, pattern: Pattern) -> str | None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from onnxshrink.calibrate import Calibration
 from onnxshrink.coding import Coding, code_in_turn
 from onnxshrink.contract import Context
-from onnxshrink.graph.codebook import Codebook, UniformGrid, channel_tile, coded_weight
+from onnxshrink.graph.codebook import Codebook, UniformGrid, coded_weight
 from onnxshrink.graph.edit import NameSource, replace_constant
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
@@ -112,22 +112,23 @@ def test_what_codes_stand_for_is_what_onnx_runtime_computes(kind: str, dtype: An
 def test_channels_lie_on_any_axis(kind: str, axis: int) -> None:
     shape = [3, 4, 5, 6]
     along = [size if at == axis else 1 for at, size in enumerate(shape)]
+    tile = tuple(1 if at == axis else size for at, size in enumerate(shape))
     rng, channels = np.random.default_rng(0), shape[axis]
     codes = rng.integers(0, 8, shape).astype(np.uint8)
     scale = rng.uniform(0.1, 1, channels).astype(np.float32)
     values: Codebook | UniformGrid
     if kind == "k-means, channel":
         book = np.sort(normal(channels, 8))
-        values, expected = Codebook(book, channel_tile(codes.shape, axis)), np.empty(shape, np.float32)
+        values, expected = Codebook(book, tile), np.empty(shape, np.float32)
         for channel in range(channels):
             place = tuple(channel if at == axis else slice(None) for at in range(4))
             expected[place] = book[channel][codes[place]]
     elif kind == "k-means, scale":
         book = np.sort(normal(8)).astype(np.float16)
-        values, expected = Codebook(book, channel_tile(codes.shape, axis), scale), book.astype(np.float32)[codes] * scale.reshape(along)
+        values, expected = Codebook(book, tile, scale), book.astype(np.float32)[codes] * scale.reshape(along)
     else:
         zero_point = np.array([3.0]) if kind == "steps" else rng.integers(0, 8, channels).astype(np.float32)
-        values = UniformGrid(scale, zero_point, channel_tile(codes.shape, axis))
+        values = UniformGrid(scale, zero_point, tile)
         expected = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(
             along if zero_point.size > 1 else ()
         )

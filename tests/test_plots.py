@@ -68,6 +68,12 @@ def test_an_svg_names_layers_and_patterns(tmp_path: Path) -> None:
         assert comment in text  # letters are drawn as shapes, with the text beside them as a comment
 
 
+def test_a_pattern_has_one_color_in_all_panels(tmp_path: Path) -> None:
+    draw_degradation(degraded(), tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text()
+    assert [color in text for color in ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")] == [True, True, False, False]
+
+
 def test_a_pdf_is_one(tmp_path: Path) -> None:
     draw_degradation(degraded(), tmp_path / "curves.PDF")
     assert (tmp_path / "curves.PDF").read_bytes().startswith(b"%PDF-")

@@ -237,6 +237,12 @@ REFUSED = [
 ]
 
 
+def test_a_pattern_of_a_rule_brings_its_own_sparsity() -> None:
+    rule = "[[pass.rule]]\nmatch = 'w1'\noptions = { pattern = '2:4' }"
+    (step,) = parse_recipe(entry(f"name = 'sparsify'\noptions = {{ sparsity = 0.7, scope = 'global' }}\n{rule}")).steps
+    assert step.rules[0].options == {"pattern": "2:4"}
+
+
 @pytest.mark.parametrize(("text", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -185,6 +185,7 @@ class TestForPeople:
             ("929 bytes, dense 151.", "… bytes, dense …."),
             ("opset 6 is below 7, the first", "opset … is below …, the first"),
             ("50.0% zeros", "…% zeros"),
+            ("holds int64 values", "holds int64 values"),
         ],
     )
     def test_numbers_are_taken_out_with_what_parts_their_digits(self, reason: str, expected: str) -> None:

@@ -22,7 +22,7 @@ from onnxshrink.graph.files import load
 from onnxshrink.inputs import Samples, read_inputs
 from onnxshrink.metrics import OutputMetrics
 from onnxshrink.runtime import session
-from onnxshrink.validate import Accuracy, Comparison, Reference, Tolerance, compare, verify_models
+from onnxshrink.validate import Accuracy, Comparison, Reference, Tolerance, compare
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -187,7 +187,7 @@ class TestAgreement:
             models.append(model)
         pairs = random_pairs(3, (2, 5, 4), noise=2.0)
         samples = samples_of(pairs)
-        output = one(verify_models(models[0], models[1], samples))
+        output = one(compare(Reference(models[0], samples), models[1]))
         share = np.mean([a.argmax(2) == b.argmax(2) for a, b in pairs])
         assert 0 < share < 1
         assert output.agreement == (share if is_scores else None)
@@ -221,7 +221,7 @@ class TestAgreement:
             )
             models.append(model)
         samples = samples_of(random_pairs(8, (4, 9), noise=0.5))
-        output = one(verify_models(models[0], models[1], samples))
+        output = one(compare(Reference(models[0], samples), models[1]))
         outputs = [[session(model).run(feeds)["y"] for feeds in samples] for model in models]
         assert not output.exact
         assert output.agreement == np.mean([y.argmax(1) == z.argmax(1) for y, z in zip(*outputs, strict=True)])
@@ -320,7 +320,7 @@ class TestFailures:
         header = '<ir_version: 8, opset_import: ["": 17]> g '
         original = parser.parse_model(header + "(float[N] x) => (float[N] y, float[N] z) { y = Neg(x) z = Abs(x) }")
         samples = read_inputs([{"x": np.ones(3, np.float32)}, {"x": np.ones(4, np.float32)}], session(original).inputs)
-        found = verify_models(original, parser.parse_model(header + candidate), samples)
+        found = compare(Reference(original, samples), parser.parse_model(header + candidate))
         assert found.failure is not None
         assert found.failure.startswith(message)
         assert found.samples == 2
@@ -331,7 +331,7 @@ class TestFailures:
         original = parser.parse_model(header + "(float[N] y, float[N] z) { y = Abs(x) z = Neg(x) }")
         candidate = parser.parse_model(header + "(float[N] y, float[N] z) { y = Sqrt(x) z = Neg(x) }")
         samples = read_inputs([{"x": np.array([1, -1], np.float32)}], session(original).inputs)
-        found = verify_models(original, candidate, samples)
+        found = compare(Reference(original, samples), candidate)
         assert found.failure == "output 'y': NaN or infinity where the original has none (sample 0)"
         assert [(output.name, output.sqnr_db) for output in found.outputs] == [("z", 300.0)]
 
@@ -431,7 +431,7 @@ class TestReference:
         onnx.save(model, tmp_path / "m.onnx")
         samples = samples_of(random_pairs(1, (1, 2)))
         for source in (load(model), model.SerializeToString(), tmp_path / "m.onnx"):
-            assert one(verify_models(source, source, samples)).sqnr_db == 300
+            assert one(compare(Reference(source, samples), source)).sqnr_db == 300
 
 
 def comparison_of(*outputs: tuple[str, float, float | None, bool]) -> Comparison:

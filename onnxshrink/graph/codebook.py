@@ -35,7 +35,6 @@ __all__ = [
     "DecoderBuilder",
     "Operands",
     "UniformGrid",
-    "channel_tile",
     "coded_weight",
     "first_opset",
     "half_weight",
@@ -119,11 +118,6 @@ def half_weight(constant: Constant, scope: Graph, names: NameSource) -> Fragment
     assert isinstance(result, Variable)
     builder.fragment.output = result
     return builder.fragment
-
-
-def channel_tile(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Returns the tile of a tensor whose channels lie on an axis, if each of them is one."""
-    return tuple(1 if index == axis else size for index, size in enumerate(shape))
 
 
 def tiles_along(shape: tuple[int, ...], tile: tuple[int, ...] | None) -> tuple[int, ...]:

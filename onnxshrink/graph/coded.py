@@ -1,4 +1,4 @@
-"""Finds weights that are stored as codes, and computes them back to dense tensors.
+"""Finds weights that are stored as codes, or as values and where they are, and computes them back to dense tensors.
 
 A coded weight is what `onnxshrink.graph.codebook` writes, recognised by its structure and not by its names: a floating-point
 tensor that a few standard ops compute from nothing but constants, unsigned integers of at most 8 bits among them, or from what
@@ -36,7 +36,7 @@ _CODE_TYPES = ("uint8", "uint4", "uint2")
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """A weight stored as codes.
+    """A weight stored as codes, or, if `is_sparse`, as values and where they are.
 
     Attributes:
         site: model-wide name of the tensor that is computed.

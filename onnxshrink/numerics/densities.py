@@ -271,5 +271,5 @@ def _checked(sizes: Sequence[int], share_removed: float, bounds: Bounds | None) 
     least, most = float(total @ limits.floor), float(total @ limits.ceiling)
     if not least - slack <= wanted <= most + slack:
         span = f"between {1 - most / total.sum():.3g} and {1 - least / total.sum():.3g} with these bounds"
-        raise ValueError(must("densities", "share_removed", span, share_removed))
+        raise ValueError(must("densities", "sparsity", span, share_removed))
     return limits, wanted

@@ -25,7 +25,7 @@ from scipy import linalg
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array
 
-__all__ = ["Feedback", "Snap", "feedback", "output_error", "retarget", "round_with_feedback"]
+__all__ = ["Feedback", "Snap", "feedback", "retarget", "round_with_feedback"]
 
 Snap = Callable[[Array, int], Array]
 """f(wanted float64 [rows], the column that they are of) -> for each row the allowed value that takes its place, float64 [rows]."""
@@ -143,11 +143,6 @@ def retarget(matrix: Array, gram: Array, cross: Array, ridge: float) -> Array:
     wide = np.asarray(matrix, np.float64)
     moved: Array = linalg.solve(damped, (wide @ (cross - gram)).T, assume_a="pos").T
     return wide + moved
-
-
-def output_error(change: Array, gram: Array) -> float:
-    """Returns trace(D H D^T), the squared error of the outputs when the weights change by D [rows, columns]."""
-    return float(np.einsum("ij,ij->", change @ gram, change))
 
 
 def _inverse_root(matrix: Array) -> Array:

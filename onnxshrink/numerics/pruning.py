@@ -1,9 +1,8 @@
-"""Pruning one matrix so that its outputs change little: choose a mask, solve for what is left, round what is left.
+"""Pruning one matrix so that its outputs change little: choose a mask, solve for what is left.
 
     prune(matrix, grams, Pattern.parse("unstructured"), 0.7)     70 % zeros
     prune(matrix, grams, Pattern.parse("2:4"))                   2 of 4 kept
     prune(matrix, grams, pattern, mask=mask)                     zeros chosen elsewhere
-    prune(matrix, grams, pattern, 0.5, snap=levels)              and what is kept lies on a grid
 
 Masks come from alternating directions (`mask_search`) and, where it costs little, from plain saliencies too; least squares (`refit`) tells
 which does least harm. Without Gram matrices the largest weights stay as they are.
@@ -11,23 +10,19 @@ which does least harm. Without Gram matrices the largest weights stay as they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array
-from onnxshrink.numerics.feedback import Snap, feedback, round_with_feedback
 from onnxshrink.numerics.mask_search import search_mask
 from onnxshrink.numerics.masks import choose
 from onnxshrink.numerics.patterns import Mask, Pattern, check_matrix
 from onnxshrink.numerics.refit import check_grams, error_of_rows, refit, refit_with_errors
 from onnxshrink.numerics.saliency import saliency
 
-__all__ = ["Snaps", "prune"]
-
-Snaps = Callable[[Array], Snap]
-"""f(row indices) -> the snap of these rows: rows of a matrix with several Gram matrices are rounded group by group."""
+__all__ = ["prune"]
 
 _TRIALS = 2e9  # multiplications of a product with the Gram matrix: up to here other masks are tried too
 
@@ -40,7 +35,6 @@ def prune(
     *,
     mask: Mask | None = None,
     frozen: Mask | None = None,
-    snap: Snaps | None = None,
     effort: float = 1.0,
 ) -> Array:
     """Returns the matrix with zeros in a pattern, repaired.
@@ -52,12 +46,11 @@ def prune(
         share_removed: of the elements, from 0 to 1; None for N:M, or with a mask.
         mask: bool [rows, columns], True where kept: chosen already; or None.
         frozen: bool [rows, columns] or None: more zeros that stay and count.
-        snap: rounds what is kept, or None.
         effort: how many times the usual number of turns to take in search of a mask.
 
     Returns:
-        float64 [rows, columns]. With Gram matrices and without ``snap`` its output error is at most that of plainly zeroing
-        the smallest weights, respectively those outside of the mask.
+        float64 [rows, columns]. With Gram matrices its output error is at most that of plainly zeroing the smallest weights,
+        respectively those outside of the mask.
 
     Raises:
         ValueError: shapes that do not fit, a share out of range, or values that are not finite.
@@ -69,13 +62,11 @@ def prune(
         mask = _fitting("mask", mask, wanted) & ~zeros
     if grams is None or not matrix.size or not np.diagonal(grams, axis1=1, axis2=2).any():
         mask = choose(wanted, pattern, share_removed, frozen=zeros) if mask is None else mask
-        return _plain(wanted, mask, snap)
+        return np.where(mask, wanted, 0.0)
     check_grams("prune", wanted, grams)
     if mask is not None:
-        found = refit(wanted, grams, mask)
-    else:
-        found, mask = _best(wanted, grams, _masks(wanted, grams, pattern, share_removed, zeros, effort))
-    return found if snap is None else _rounded(found, grams, mask, snap)
+        return refit(wanted, grams, mask)
+    return _best(wanted, grams, _masks(wanted, grams, pattern, share_removed, zeros, effort))
 
 
 def _masks(
@@ -93,9 +84,9 @@ def _masks(
     yield plain, small
 
 
-def _best(wanted: Array, grams: Array, masks: Iterator[tuple[Mask, bool]]) -> tuple[Array, Mask]:
-    """Returns (matrix, mask) of least output error."""
-    best: tuple[float, Array, Mask] | None = None
+def _best(wanted: Array, grams: Array, masks: Iterator[tuple[Mask, bool]]) -> Array:
+    """Returns the matrix of least output error."""
+    best: tuple[float, Array] | None = None
     for mask, worth in masks:
         if worth:
             tried, errors = refit_with_errors(wanted, grams, mask)
@@ -104,31 +95,10 @@ def _best(wanted: Array, grams: Array, masks: Iterator[tuple[Mask, bool]]) -> tu
             errors = error_of_rows(tried - wanted, grams)
         error = float(errors.sum())
         if best is None or error < best[0]:
-            best = error, tried, mask
+            best = error, tried
     if best is None:
         raise ValueError(must("prune", "masks", "one or more", 0))
-    return best[1], best[2]
-
-
-def _rounded(found: Array, grams: Array, mask: Mask, snap: Snaps) -> Array:
-    """Returns what is kept, rounded with error feedback.
-
-    The refit is the least of a quadratic form over the weights that are kept, so distances from it count as those from what was wanted.
-    """
-    size = len(found) // len(grams)
-    parts = []
-    for group, gram in enumerate(grams):
-        rows = np.arange(group * size, (group + 1) * size)
-        parts.append(round_with_feedback(found[rows], feedback(gram), snap(rows), ~mask[rows]))
-    return np.concatenate(parts)
-
-
-def _plain(wanted: Array, mask: Mask, snap: Snaps | None) -> Array:
-    if snap is None or not wanted.size:
-        return np.where(mask, wanted, 0.0)
-    column = snap(np.arange(len(wanted)))
-    snapped = np.stack([column(wanted[:, index], index) for index in range(wanted.shape[1])], axis=1)
-    return np.where(mask, snapped, 0.0)
+    return best[1]
 
 
 def _fitting(name: str, mask: Mask, matrix: Array) -> Mask:

@@ -25,7 +25,7 @@ from onnxshrink.numerics.chunks import Array
 from onnxshrink.numerics.feedback import feedback
 from onnxshrink.numerics.patterns import Norm, check_matrix, score_dtype
 
-__all__ = ["Criterion", "additive", "saliency", "within_rows"]
+__all__ = ["Criterion", "additive", "saliency"]
 
 Criterion = Literal["magnitude", "squared", "wanda", "obs", "lamp", "random"]
 
@@ -72,22 +72,6 @@ def saliency(matrix: Array, criterion: Criterion, grams: Array | None = None, *,
 def additive(criterion: Criterion) -> Norm:
     """Returns the norm that puts the scores of a unit together as their squared errors add up."""
     return "l1" if criterion in ("squared", "obs", "lamp") else "l2"
-
-
-def within_rows(scores: Array) -> Array:
-    """Returns each score's rank in its row, from 0 to below 1: with these every row keeps as many weights, as Wanda compares them.
-
-    Args:
-        scores: [rows, columns]; of equal ones the first ranks lower.
-
-    Returns:
-        float64 [rows, columns].
-    """
-    ranks = np.empty(scores.shape)
-    order = np.argsort(scores, axis=1, kind="stable")
-    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(scores.shape[1], dtype=np.float64), scores.shape), axis=1)
-    ranks /= max(scores.shape[1], 1)
-    return ranks
 
 
 def _importance(shape: tuple[int, ...], criterion: Criterion, grams: Array | None) -> Array:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnxshrink.graph.codebook import FIRST_OPSET, Codebook, UniformGrid, channel_tile, coded_weight, half_weight
+from onnxshrink.graph.codebook import FIRST_OPSET, Codebook, UniformGrid, coded_weight, half_weight
 from onnxshrink.graph.coded import coded_weights, expand_coded
 from onnxshrink.graph.edit import NameSource, replace_constant
 from onnxshrink.graph.exporter import to_model
@@ -64,7 +64,7 @@ def coding(word: str, bits: int, shape: tuple[int, ...], dtype: np.dtype[Any] = 
     by_channel = [channels if index == axis else 1 for index in range(len(shape))]
     scale = rng.uniform(0.01, 2, channels).astype(np.float32)
     zero_point = rng.integers(0, length, channels).astype(np.float32)
-    tile = channel_tile(shape, axis)
+    tile = tuple(1 if index == axis else size for index, size in enumerate(shape))
     if word == "codebook":
         table = rng.standard_normal(length).astype(dtype)
         return Coding(codes, Codebook(table), table[codes])

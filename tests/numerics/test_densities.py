@@ -126,7 +126,7 @@ def test_bad_arguments_are_refused():
         uniform([1], 1.5)
     with pytest.raises(ValueError, match="sizes must be one positive integer or more"):
         uniform([0], 0.5)
-    with pytest.raises(ValueError, match="share_removed must be between 0 and 0.5 with these bounds, got 0.8"):
+    with pytest.raises(ValueError, match="sparsity must be between 0 and 0.5 with these bounds, got 0.8"):
         uniform([10, 10], 0.8, Bounds.of(2, [0.5, 0.5]))
     with pytest.raises(ValueError, match="with 0 <= floor <= ceiling <= 1"):
         Bounds.of(1, [0.5], [0.4])

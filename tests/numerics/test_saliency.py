@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxshrink.numerics.saliency import additive, saliency, within_rows
+from onnxshrink.numerics.saliency import additive, saliency
 
 seeds = st.integers(0, 1000)
 
@@ -70,15 +70,6 @@ def test_columns_that_were_zero_in_every_input_are_worth_nothing(criterion):
     found = saliency(matrix, criterion, grams)
     assert (found[3:, 2] == 0).all()
     assert (found[:3] > 0).all()
-
-
-@given(seeds)
-def test_ranks_within_rows(seed):
-    scores = np.random.default_rng(seed).integers(0, 4, (3, 6)).astype(float)
-    ranks = within_rows(scores) * 6
-    for row, found in zip(scores, ranks, strict=True):
-        assert np.array_equal(np.argsort(found), np.argsort(row, kind="stable"))
-        assert sorted(found) == pytest.approx(np.arange(6))
 
 
 def test_bad_arguments_are_refused():

@@ -177,7 +177,8 @@ class TestAfterwards:
         coded, report = packed(self.MODEL)
         found = {info.site: info for info in onnxshrink.inspect(coded).weights}
         assert set(found) == {"w0", "w1", "w2"}
-        assert [found[f"w{i}"].coded for i in range(3)] == [True, True, False]
+        assert [found[f"w{i}"].op for i in range(3)] == ["sparse", "sparse", "MatMul"]
+        assert {(info.coded, info.code_bits) for info in found.values()} == {(False, None)}
         assert found["w1"].zeros == pytest.approx(0.9, abs=0.02)
         for change in report.changes:
             assert abs(found[change.site].nbytes - change.bytes_after) <= 8
@@ -194,6 +195,13 @@ class TestAfterwards:
             sort_nodes(graph)
         assert oracle.same_bits(outputs(to_model(graph)), outputs(self.MODEL))
 
+    def test_other_passes_say_how_it_is_stored(self) -> None:
+        model, _ = packed(self.MODEL)
+        for subject, way_out in ((ShareWeights(), "to share them"), (Sparsify(), "to sparsify it further"), (Huffman(), "not as codes")):
+            found = [reason for reason in reasons(subject.apply(load(model), Context())).values() if "and where they are" in reason]
+            assert found
+            assert all(reason.startswith("is stored as values") and reason.endswith(way_out) for reason in found)
+
     def test_weights_that_are_codes_are_left_to_huffman(self) -> None:
         graph = load(self.MODEL)
         ShareWeights(bits=4).apply(graph, Context())
@@ -202,6 +210,9 @@ class TestAfterwards:
         coded, report = packed(codes)
         assert coded == codes
         assert set(reasons(report).values()) == {"is stored as codes, which huffman makes smaller"}
+        assert Huffman().apply(graph, Context()).changes
+        sort_nodes(graph)
+        assert set(reasons(packed(to_model(graph))[1]).values()) == {"is Huffman coded already"}
 
     def test_the_optimized_graph_is_that_of_the_dense_model(self, tmp_path: Path) -> None:
         coded, _ = packed(self.MODEL)
@@ -237,6 +248,7 @@ class TestFinishing:
 
     def test_is_added_once_and_last(self) -> None:
         assert self.names(Sparsify(), Huffman(), Sparsify()) == ["sparsify", "huffman", "sparsify", "pack-sparse"]
+        assert self.names(Sparsify(), ShortenNames()) == ["sparsify", "pack-sparse", "shorten-names"]
 
     def test_is_not_added_where_it_is_or_is_not_wanted(self) -> None:
         assert self.names(Sparsify(), PackSparse(), Huffman()) == ["sparsify", "pack-sparse", "huffman"]

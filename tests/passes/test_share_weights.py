@@ -502,6 +502,14 @@ class TestOptions:
                 "share-weights: bits-per-weight and sqnr both set the steps; give one of them",
             ),
             ({"step": 0.3, "sqnr": 30.0}, "share-weights: sqnr and step both set the steps; give one of them"),
+            (
+                {"step": 0.3, "method": "kmeans"},
+                "share-weights: step sets the steps of uniform grids; leave out method=kmeans",
+            ),
+            (
+                {"sqnr": 30.0, "per": "tensor"},
+                "share-weights: sqnr gives every channel a step of its own; leave out per=tensor",
+            ),
             ({"block": 3}, "share-weights: block must be a whole number from 4 to 65536, got 3"),
             ({"channels_per_scale": 0}, "share-weights: channels-per-scale must be a whole number from 1 to 65536, got 0"),
             (
@@ -535,6 +543,16 @@ class TestOptions:
             subject = subject.weaker()
         assert seen == [3, 4, 5, 6, 7, 8]
         assert ShareWeights(bits=16).weaker() is None
+
+    def test_weaker_is_a_finer_step(self) -> None:
+        seen, subject = [], ShareWeights(step=0.5, bits=4)
+        while subject is not None:
+            assert subject.bits == 4
+            seen.append(subject.step)
+            subject = subject.weaker()
+        assert seen == pytest.approx(list(0.5 * 0.7 ** np.arange(len(seen))))
+        assert 0.02 <= seen[-1] < 0.02 / 0.7
+        assert ShareWeights(step=0.5, bits=16).weaker() is None
 
     @pytest.mark.parametrize("least", [0.1, 1.0, 3.0, 7.9])
     def test_weaker_is_a_tenth_more_bits_up_to_eight(self, least: float) -> None:

@@ -411,7 +411,7 @@ class TestSites:
         assert sum(zeros) == 200
 
     def test_bounds_that_leave_no_way_are_an_error(self) -> None:
-        with pytest.raises(OptionError, match=r"sparsify: .* must be between 0 and 0.2 with these bounds, got 0.5"):
+        with pytest.raises(OptionError, match=r"sparsify: sparsity must be between 0 and 0.2 with these bounds, got 0.5; least and most"):
             run(Sparsify(most=0.2), chain(normal(8, 8), normal(8, 8)))
 
 
@@ -492,6 +492,25 @@ class TestRepair:
             np.testing.assert_array_equal(found[name][kept], arrays[name][kept])
         assert not any("made up for" in change.detail for change in report.changes)
 
+    @pytest.mark.parametrize(
+        ("options", "without_data", "with_data"),
+        [
+            ({}, 0, 0),
+            ({"criterion": "wanda", "scope": "sensitivity"}, 2, 0),
+            ({"criterion": "magnitude", "schedule": "gradual"}, 1, 0),
+            ({"schedule": "iterative", "repair": False}, 1, 1),
+            ({"criterion": "obs", "pattern": "2:4"}, 1, 0),
+            ({"criterion": "random", "scope": "sensitivity", "threshold": 0.1}, 0, 0),
+        ],
+        ids=str,
+    )
+    def test_says_what_it_could_not_heed(self, options: dict[str, Any], without_data: int, with_data: int) -> None:
+        words = ("criterion ", "scope ", "schedule ")
+        _, report, _ = run(Sparsify(**options), chain(normal(8, 8)))
+        assert len([note for note in report.notes if note.startswith(words)]) == without_data
+        _, report, _, _ = self.trial(Sparsify(**options))
+        assert len([note for note in report.notes if note.startswith(words)]) == with_data
+
     @pytest.mark.parametrize("options", [{}, {"schedule": "gradual", "steps": 2, "scope": "erk"}, {"criterion": "random", "scope": "layer"}])
     def test_gives_the_same_bytes_again(self, options: dict[str, Any]) -> None:
         first, second = (self.trial(Sparsify(**options))[3].SerializeToString(deterministic=True) for _ in range(2))
@@ -549,9 +568,11 @@ class TestOptions:
             ({"threshold": 0.1, "pattern": "1x4"}, "sparsify: a threshold sets the share of zeros by itself"),
             ({"least": 0.6, "most": 0.5}, "sparsify: least must be at most most, 0.5, got 0.6"),
             (
-                {"sparsity": 0.5, "initial_sparsity": 0.6},
+                {"sparsity": 0.5, "initial_sparsity": 0.6, "schedule": "gradual"},
                 "sparsify: initial-sparsity must be at most the sparsity, 0.5, got 0.6",
             ),
+            ({"steps": 8}, "sparsify: steps and initial-sparsity say how a schedule goes; one-shot has none"),
+            ({"initial_sparsity": 0.1}, "sparsify: steps and initial-sparsity say how a schedule goes; one-shot has none"),
             (
                 {"pattern": "blocks"},
                 "pattern: text must be unstructured, rows, columns, N:M such as 2:4 or NxM such as 1x4, got 'blocks'",
@@ -585,7 +606,7 @@ class TestOptions:
         np.testing.assert_allclose(shares, 0.5 * 0.75 ** np.arange(len(shares)))
         assert shares[-1] >= 0.05 > 0.75 * shares[-1]
         assert Sparsify(pattern="2:4").weaker() is None
-        softer = Sparsify(sparsity=0.4, least=0.35, initial_sparsity=0.38).weaker()
+        softer = Sparsify(sparsity=0.4, least=0.35, initial_sparsity=0.38, schedule="gradual").weaker()
         assert softer is not None
         assert (softer.share, softer.least, softer.initial_sparsity) == pytest.approx((0.3, 0.3, 0.3))
 
@@ -595,3 +616,26 @@ class TestOptions:
         assert softer.threshold == pytest.approx(0.15)
         assert Sparsify(threshold=1e-6).weaker() is None
         assert Sparsify(threshold=0.0).weaker() is None
+
+
+class TestNorms:
+    """Scores of blocks: a single large weight counts more in the L2 norm than several middling ones."""
+
+    def test_put_blocks_together(self) -> None:
+        block = {"spiky": [9.0, 0.1, 0.1, 0.1], "flat": [4.0, 4.0, 4.0, 4.0]}
+        weight = np.array([block["spiky"] + block["flat"]], np.float32).T.repeat(4, axis=1)
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+        model = oracle.make_model(
+            nodes, [oracle.tensor("x", ["n", 8])], [oracle.tensor("y", ["n", 4])], [oracle.value("w", weight)]
+        )
+        for norm, kept in (("l1", slice(4, 8)), ("l2", slice(0, 4))):
+            graph = load(model)
+            Sparsify(pattern="1x4", criterion="magnitude", scope="layer", norm=norm).apply(graph, Context())
+            (found,) = (constant.values for constant in graph.constants if constant.name == "w")
+            expected = np.zeros_like(weight)
+            expected[kept] = weight[kept]
+            np.testing.assert_array_equal(found, expected)
+
+    def test_want_a_criterion(self) -> None:
+        with pytest.raises(OptionError, match="^sparsify: the search for zeros scores no blocks; norm wants a criterion$"):
+            Sparsify(norm="l1")
