@@ -7,14 +7,16 @@ computes is cut. Third parties add rules for their ops with `register_rule`.
 
 from __future__ import annotations
 
-from onnxshrink.graph import channel_rules_linear, channel_rules_moves, channel_rules_places, channel_rules_pointwise
+from onnxshrink.graph.channel_rules_linear import RULES as LINEAR
+from onnxshrink.graph.channel_rules_moves import RULES as MOVES
+from onnxshrink.graph.channel_rules_places import RULES as PLACES
+from onnxshrink.graph.channel_rules_pointwise import RULES as POINTWISE
 from onnxshrink.graph.channel_sites import Rule
 from onnxshrink.graph.ir import Node
 
 __all__ = ["register_rule", "rule_of", "ruled_ops"]
 
-_TABLES = (channel_rules_linear, channel_rules_moves, channel_rules_places, channel_rules_pointwise)
-_RULES: dict[tuple[str, str], Rule] = {("", op): rule for table in _TABLES for op, rule in table.RULES.items()}
+_RULES: dict[tuple[str, str], Rule] = {("", op): rule for op, rule in (LINEAR | MOVES | PLACES | POINTWISE).items()}
 
 
 def register_rule(op: str, rule: Rule, domain: str = "") -> None:

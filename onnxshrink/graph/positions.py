@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from onnxshrink.graph.ir import Tensor
 from onnxshrink.graph.tensor_shapes import Dims, Shapes
 
-__all__ = ["Choice", "Positions", "Reason", "Side"]
+__all__ = ["Choice", "Ids", "Positions", "Reason", "Side"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Axis = tuple[int, int]
