@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from session_start import start
 
 SHAPES = ((5000, 2500), (2500, 5000))
 SPARSITIES = ("0.5", "0.75", "0.9", "0.97", "2:4")
@@ -82,18 +81,6 @@ def write_form(form: str, sparsity: str, path: Path) -> bool:
     sort_nodes(graph)
     save(graph, path)
     return True
-
-
-def start(path: str) -> dict[str, float]:
-    """Makes a session and returns seconds and megabytes."""
-    import onnxruntime
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
-    running = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    seconds = time.perf_counter() - begin
-    del running
-    return {"seconds": seconds, "peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
 def crossovers(dtype: str, opset: int) -> list[dict[str, Any]]:

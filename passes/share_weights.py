@@ -133,11 +133,12 @@ class ShareWeights(Pass):
         if self.pattern is None and self.sparsity is None:
             return None
         pattern = Pattern.parse(self.pattern or "unstructured")
-        if pattern.kind != "n:m" and self.sparsity is None:
+        if pattern.share is not None and self.sparsity not in (None, pattern.share):
+            raise OptionError(must(self.name, "sparsity", f"{pattern.share:g} or left out for {pattern}", self.sparsity))
+        share = self.sparsity if pattern.share is None else pattern.share
+        if share is None:
             raise OptionError(must(self.name, "sparsity", f"given for {pattern}", None))
-        if pattern.kind == "n:m" and self.sparsity not in (None, 1 - pattern.n / pattern.m):
-            raise OptionError(must(self.name, "sparsity", f"{1 - pattern.n / pattern.m:g} or left out for {pattern}", self.sparsity))
-        return pattern, self.sparsity if self.sparsity is not None else 1 - pattern.n / pattern.m
+        return pattern, share
 
     @property
     def has_budget(self) -> bool:
@@ -210,9 +211,10 @@ class ShareWeights(Pass):
             def levels_of(weight: Weight, rows: Array, importance: Array | None) -> tuple[RowLevels, str]:
                 return _levels(rows, importance, options[weight.site], tilings[weight.site])
 
-            pruned = {weight.site: options[weight.site].zeros for weight in lossy if _can_be_pruned(weight, options[weight.site])}
             targets = {
-                weight.site: (Target(weight, zeros[0]), zeros[1]) for weight in lossy if (zeros := pruned.get(weight.site))
+                weight.site: (Target(weight, zeros[0]), zeros[1])
+                for weight in lossy
+                if (zeros := options[weight.site].zeros) is not None and _can_be_pruned(weight, options[weight.site])
             }
             return *code_in_turn(graph, lossy, levels_of, context, tilings, targets), []
         if self.sqnr is not None:

@@ -108,9 +108,9 @@ class Sparsify(Pass):
     @property
     def share(self) -> float:
         """The share of weights that becomes zero."""
-        pattern = Pattern.parse(self.pattern)
-        if pattern.kind == "n:m":
-            return 1 - pattern.n / pattern.m
+        fixed = Pattern.parse(self.pattern).share
+        if fixed is not None:
+            return fixed
         return _DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     @property

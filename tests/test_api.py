@@ -26,7 +26,7 @@ from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.sparsify import Sparsify
 from onnxshrink.passes.tidy import Tidy
 from onnxshrink.recipe import default_recipe, parse_recipe
-from onnxshrink.validate import Tolerance
+from onnxshrink.validate import Metric, Tolerance
 from tests import oracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -154,27 +154,34 @@ class TestSteps:
         )
 
 
+def looking() -> tuple[Pass, Metric, dict[str, list[Any]]]:
+    """Returns a pass that keeps the calibration data it sees, a measure that keeps what it judges, and where they keep that."""
+    seen: dict[str, list[Any]] = {"counts": [], "given": [], "judged": []}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Looks(Pass):
+        """Looks at its calibration data."""
+
+        name: ClassVar[str] = "looks"
+
+        def apply(self, graph: Graph, context: Context) -> Report:
+            assert context.activations is not None
+            seen["counts"].append(context.activations.count)
+            seen["given"] += [values["x"] for values in context.activations.samples(graph, ["x"])]
+            return Report()
+
+    def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
+        seen["judged"] = [outputs["echo"] for outputs in original]
+        return 0.0
+
+    return Looks(), judge, seen
+
+
 class TestSamples:
     def test_that_judge_are_not_those_that_passes_see(self) -> None:
-        seen: dict[str, list[Array]] = {"given": [], "judged": []}
-
-        @dataclass(frozen=True, kw_only=True)
-        class Looks(Pass):
-            """Looks at its calibration data."""
-
-            name: ClassVar[str] = "looks"
-
-            def apply(self, graph: Graph, context: Context) -> Report:
-                assert context.activations is not None
-                assert context.activations.count == 15
-                seen["given"] += [values["x"] for values in context.activations.samples(graph, ["x"])]
-                return Report()
-
-        def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
-            seen["judged"] = [outputs["echo"] for outputs in original]
-            return 0.0
-
-        report = compress(MODEL, [Looks()], calibration={"x": X}, metrics={"judge": judge}).report
+        looks, judge, seen = looking()
+        report = compress(MODEL, [looks], calibration={"x": X}, metrics={"judge": judge}).report
+        assert seen["counts"] == [15]
         given, judged = ({sample.tobytes() for sample in seen[part]} for part in ("given", "judged"))
         assert (len(given), len(judged)) == (15, 5)
         assert not given & judged
@@ -182,25 +189,9 @@ class TestSamples:
         assert (report.calibration_samples, report.validation_samples, report.synthetic) == (15, 5, False)
 
     def test_others_may_judge_and_passes_then_see_all(self) -> None:
-        seen: dict[str, list[Array]] = {"given": [], "judged": []}
-
-        @dataclass(frozen=True, kw_only=True)
-        class Looks(Pass):
-            """Looks at its calibration data."""
-
-            name: ClassVar[str] = "looks"
-
-            def apply(self, graph: Graph, context: Context) -> Report:
-                assert context.activations is not None
-                seen["given"] += [values["x"] for values in context.activations.samples(graph, ["x"])]
-                return Report()
-
-        def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
-            seen["judged"] = [outputs["echo"] for outputs in original]
-            return 0.0
-
+        looks, judge, seen = looking()
         parts = {"calibration": {"x": X[:12]}, "validation": {"x": X[12:]}}
-        report = compress(MODEL, [Looks()], **parts, metrics={"judge": judge}).report  # type: ignore[arg-type]
+        report = compress(MODEL, [looks], **parts, metrics={"judge": judge}).report  # type: ignore[arg-type]
         np.testing.assert_array_equal(np.concatenate(seen["given"]), X[:12])
         np.testing.assert_array_equal(np.concatenate(seen["judged"]), X[12:])
         assert (report.calibration_samples, report.validation_samples, report.synthetic) == (12, 8, False)

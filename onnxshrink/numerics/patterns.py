@@ -63,6 +63,11 @@ class Pattern:
             raise OptionError(must("pattern", "text", known, repr(text)))
         return cls("n:m" if found[2] == ":" else "block", int(found[1]), int(found[3]))
 
+    @property
+    def share(self) -> float | None:
+        """The share of zeros that an N:M pattern has by itself; None where it is not fixed."""
+        return 1 - self.n / self.m if self.kind == "n:m" else None
+
     def __str__(self) -> str:
         if self.kind in ("n:m", "block"):
             return f"{self.n}{':' if self.kind == 'n:m' else 'x'}{self.m}"
