@@ -43,6 +43,7 @@ from onnxshrink.recipe import Recipe, default_recipe, finished
 from onnxshrink.report import CompressionReport, PassReport
 from onnxshrink.runtime import plain_session, session
 from onnxshrink.threads import one_blas_thread
+from onnxshrink.trials import SampleTrials
 from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
 
 __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expand", "inspect", "load", "verify"]
@@ -177,6 +178,7 @@ def compress(
             activations=Calibration(evidence.given) if evidence.given is not None else None,
             executor=executor,
             progress=report_progress,
+            trials=SampleTrials(evidence.probing),
         )
         result, steps = run_steps(start, finished(recipe.steps), settings)
     notes = _notes(evidence, limits, complaint, start.comparison)

@@ -32,7 +32,7 @@ from onnxshrink.graph.weights import Weight
 from onnxshrink.numerics.gram import Gram, PairedGram
 from onnxshrink.options import check_options
 
-__all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip", "Step"]
+__all__ = ["Activations", "Change", "Context", "Pass", "Report", "Rule", "Skip", "Step", "Trials"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -103,6 +103,16 @@ class Activations(Protocol):
         """
 
 
+class Trials(Protocol):
+    """Runs of whole graphs, seen from a pass. Nothing runs before it is asked for."""
+
+    def macs(self, graph: Graph) -> Mapping[int, float]:
+        """Returns the multiply-accumulates of every node that ran on one sample, by id; of main graph and bodies."""
+
+    def latency_ratio(self, before: Graph, after: Graph) -> float:
+        """Returns the time of the second graph over that of the first, measured in turns."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """Options for the sites whose tensor or node names match a glob; the last matching rule wins, option by option.
@@ -131,6 +141,7 @@ class Context:
         rules: per-site options.
         activations: calibration data, or None.
         executor: for parallel work, or None to work in this thread.
+        trials: runs of whole graphs, on a sample that may be synthetic, or None where nothing is to run.
         progress: called with the number of sites done and their total.
     """
 
@@ -139,6 +150,7 @@ class Context:
     activations: Activations | None = None
     executor: Executor | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    trials: Trials | None = None
     _met: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @property

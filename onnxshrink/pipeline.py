@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnxshrink.backoff import SiteError, only, probe, without, worst_per_byte
-from onnxshrink.contract import Activations, Context, Pass, Report, Skip, Step
+from onnxshrink.contract import Activations, Context, Pass, Report, Skip, Step, Trials
 from onnxshrink.errors import ShrinkError
 from onnxshrink.graph.check import Level, check
 from onnxshrink.graph.edit import sort_nodes
@@ -47,6 +47,7 @@ class Settings:
         activations: calibration data for passes, or None.
         executor: for parallel work within a pass, or None.
         progress: called with what is being done, the part done and the total.
+        trials: runs of whole graphs, for passes that ask for them, or None.
     """
 
     reference: Reference
@@ -58,6 +59,7 @@ class Settings:
     activations: Activations | None = None
     executor: Executor | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _rewrite(
 ) -> tuple[Graph | None, Report, str]:
     """Applies a pass to a copy; returns the sorted graph, or None and what is wrong."""
     graph = good.graph.copy()
-    context = Context(settings.seed, step.rules, settings.activations, settings.executor, progress)
+    context = Context(settings.seed, step.rules, settings.activations, settings.executor, progress, settings.trials)
     try:
         report = step.run.apply(graph, context)
         unmet = [f"rule '{match}' matched no site" for match in context.unmet_rules]

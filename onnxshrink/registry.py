@@ -17,6 +17,7 @@ ENTRY_POINT_GROUP = "onnxshrink.passes"
 _BUILT_IN = {
     "huffman": "onnxshrink.passes.huffman:Huffman",
     "pack-sparse": "onnxshrink.passes.pack_sparse:PackSparse",
+    "remove-channels": "onnxshrink.passes.remove_channels:RemoveChannels",
     "share-weights": "onnxshrink.passes.share_weights:ShareWeights",
     "shorten-names": "onnxshrink.passes.shorten_names:ShortenNames",
     "sparsify": "onnxshrink.passes.sparsify:Sparsify",

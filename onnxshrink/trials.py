@@ -1,0 +1,53 @@
+"""Runs of whole graphs that a pass may ask for: how much work the nodes do, and how fast one graph is next to another.
+
+A pass knows no ONNX Runtime; `onnxshrink.contract.Trials` is what it sees of this.
+"""
+
+from __future__ import annotations
+
+from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.work import multiply_accumulates
+from onnxshrink.inputs import Samples
+from onnxshrink.latency import bench
+from onnxshrink.tracing import trace
+
+__all__ = ["SampleTrials"]
+
+_SECONDS = 2.0  # of timed runs: medians of pairs settle within a percent or two
+
+
+class SampleTrials:
+    """The `Trials` of onnxshrink.contract, on samples."""
+
+    def __init__(self, samples: Samples, seconds: float = _SECONDS) -> None:
+        """Keeps the samples; runs nothing.
+
+        Args:
+            samples: of the model's inputs, real or synthetic; one at least.
+            seconds: that a comparison of latencies may take.
+        """
+        self._samples = samples
+        self._seconds = seconds
+
+    def macs(self, graph: Graph) -> dict[int, float]:
+        """Returns the multiply-accumulates of the nodes that ran on the first sample, by id.
+
+        Raises:
+            UnsupportedModelError: ONNX Runtime cannot run the graph without optimisations.
+        """
+        traces = trace(graph, self._samples[0])
+        nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
+        counts = {
+            key: float(done.runs * multiply_accumulates(nodes[key], done.input_shapes, done.output_shapes))
+            for key, done in traces.items()
+        }
+        return {key: count for key, count in counts.items() if count}
+
+    def latency_ratio(self, before: Graph, after: Graph) -> float:
+        """Returns the time that the second graph takes over that of the first, both on one thread, in turns: a median.
+
+        Raises:
+            ModelError: the first graph does not run.
+            ValidationError: the second does not.
+        """
+        return bench(before, after, self._samples, seconds=self._seconds).ratio.median

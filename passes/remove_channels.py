@@ -1,0 +1,229 @@
+"""Removes whole channels: a narrower graph, which any runtime runs faster.
+
+Channels that are coupled, through residual sums, concatenations, gates or heads, are one group (`onnxshrink.graph.channel_groups`) and go
+together. With Y = W X^T what a layer computes, S the channels that stay and X'_S what they hold once earlier layers were cut,
+
+    W'_S = argmin ‖W X^T - W'_S X'_S^T‖²
+
+is solved for every layer that reads the group, in the order in which the model runs, from the moments of calibration inputs (channel
+pruning with least squares, He et al., arXiv 1707.06168). Without any, biases take over the mean of what goes where normalizations tell it.
+
+How many channels each group keeps follows from what their loss does to the outputs, tried out group by group, per unit of what is to
+be saved: squared errors of groups add up (`onnxshrink.narrowing`). Widths are multiples of the block of channels that the runtime
+computes at a time, for what lies between saves no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from onnxshrink.channel_removal import mask
+from onnxshrink.contract import Change, Context, Pass, Report, Skip
+from onnxshrink.errors import OptionError, must
+from onnxshrink.graph.channel_groups import ChannelGroup, Channels, find_channels
+from onnxshrink.graph.channel_readers import Candidate, candidates
+from onnxshrink.graph.cutting import cut_channels
+from onnxshrink.graph.edit import constant_bytes, set_values
+from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.weights import Weight, weights
+from onnxshrink.importance import CHANNEL_CRITERIA
+from onnxshrink.narrowing import Bounds, Budget, Plan, plan_widths, scored
+from onnxshrink.numerics.simd import channel_block
+from onnxshrink.options import option
+
+__all__ = ["RemoveChannels"]
+
+_MEASURES = ("macs", "params", "channels", "latency")
+_DEFAULT_MACS = 0.75
+_GENTLEST = 0.97  # a cut that leaves more than this saves nothing worth having
+_WEAKER = 0.75
+_CLOSE = 0.01  # of a target is close enough not to be mentioned
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveChannels(Pass):
+    """Removes whole channels, heads and hidden units, and makes up for them: a narrower model that runs faster."""
+
+    name: ClassVar[str] = "remove-channels"
+    macs: float | None = option(
+        None, "share of the multiply-accumulates that is left; 0.75 if no target is given", low=0.01, high=1.0, per_site=False
+    )
+    params: float | None = option(None, "share of the parameters that is left, instead", low=0.01, high=1.0, per_site=False)
+    channels: float | None = option(None, "share of the channels that is left, instead", low=0.01, high=1.0, per_site=False)
+    latency: float | None = option(None, "share of the measured time that is left, instead", low=0.01, high=1.0, per_site=False)
+    keep: float | None = option(None, "share of its channels that a group keeps whatever the target, mostly for rules", low=0.0, high=1.0)
+    least: float = option(0.125, "share of its channels that every group keeps at least", low=0.0, high=1.0)
+    scope: str = option(
+        "auto",
+        "how many channels each group loses: the same share; by scores summed over all groups; by what their loss does to the outputs. "
+        "auto is sensitivity with calibration data and global without",
+        choices=("auto", "local", "global", "sensitivity"),
+        per_site=False,
+    )
+    criterion: str = option(
+        "auto",
+        "which channels go first; auto is reconstruction with calibration data and l2 without",
+        choices=("auto", *CHANNEL_CRITERIA),
+        per_site=False,
+    )
+    round: str = option(
+        "auto", "widths are multiples of this: a number, none, or auto for the block that this processor computes at a time", per_site=False
+    )
+    heads: bool = option(True, "whether attention loses whole heads; otherwise the same places of every head", per_site=False)
+    repair: bool = option(True, "whether the layers that read channels make up for those that go", per_site=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in _MEASURES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"{self.name}: {' and '.join(given[:2])} are two targets; give one of them")
+        if self.round not in ("auto", "none") and not (self.round.isdecimal() and 1 <= int(self.round) <= 1024):
+            raise OptionError(must(self.name, "round", "auto, none or a number from 1 to 1024", repr(self.round)))
+
+    @property
+    def budget(self) -> Budget | None:
+        """What is to be left of what; None where every group keeps a share of its own."""
+        for name in _MEASURES:
+            share = getattr(self, name)
+            if share is not None:
+                return Budget(name, share)  # type: ignore[arg-type]  # one of its measures
+        return Budget("macs", _DEFAULT_MACS) if self.keep is None else None
+
+    @property
+    def block(self) -> int:
+        """Widths are multiples of it."""
+        budget = self.budget
+        if self.round == "auto":  # bytes are saved by every channel, time is not
+            return 1 if budget is not None and budget.measure == "params" else channel_block()
+        return 1 if self.round == "none" else int(self.round)
+
+    @property
+    def sites_are_independent(self) -> bool:
+        """Whether layers do not depend on each other: they share channels."""
+        return False
+
+    def weaker(self) -> Self | None:
+        """Returns the pass with 3/4 of the cut."""
+        budget = self.budget
+        if budget is None:
+            return None
+        share = 1 - (1 - budget.share) * _WEAKER
+        gentler: dict[str, Any] = {budget.measure: share}
+        return replace(self, **gentler) if share <= _GENTLEST else None
+
+    def apply(self, graph: Graph, context: Context) -> Report:
+        """Edits the graph in place."""
+        find = partial(find_channels, outer=self.heads)
+        channels = find(graph)
+        known = weights(graph)
+        reasons, bounds = self._bounds(channels, known, context)
+        found = candidates(graph, [group for group in channels.groups if id(group) not in reasons])
+        plan = self._plan(find, channels, found, [bounds[id(candidate.group)] for candidate in found], context)
+        gone = {
+            candidate: order[: candidate.group.size - width]
+            for candidate, order, width in zip(found, plan.orders, plan.widths, strict=True)
+            if width < candidate.group.size
+        }
+        reasons |= {id(one.group): _uncut(one.group, self.block) for one in found if one not in gone}
+        before = {weight.site: (weight.constant.shape, constant_bytes(weight.constant, weight.scope.graph)) for weight in known}
+        moved = self._cut(graph, channels, gone, known, context) if gone else set()
+        changes, skips = _answers(channels, known, gone, reasons, before, moved)
+        return Report(changes, skips, self._notes(plan, found, gone, channels, context) if found else [])
+
+    def _bounds(self, channels: Channels, known: Sequence[Weight], context: Context) -> tuple[dict[int, str], dict[int, Bounds]]:
+        """Returns by group why it stays as it is, or what it may keep."""
+        by_constant = {id(weight.constant): weight for weight in known}
+        reasons, bounds = {}, {}
+        for group in channels.groups:
+            members = [by_constant[id(member.tensor)] for member in group.weights if id(member.tensor) in by_constant]
+            chosen = [context.options(self, weight.names) for weight in members]
+            given = [options for options in chosen if options is not None]
+            if group.reason is not None:
+                reasons[id(group)] = str(group.reason)
+            elif len(given) < len(chosen):
+                reasons[id(group)] = "left alone by a rule"
+            elif group.resliced:
+                reasons[id(group)] = f"a sum or mean over these channels would become that of fewer ('{group.resliced[0]}')"
+            else:
+                keeps = [options.keep for options in given if options.keep is not None]
+                bounds[id(group)] = Bounds(max((options.least for options in given), default=self.least), max(keeps, default=None))
+        return reasons, bounds
+
+    def _plan(
+        self, find: Any, channels: Channels, found: Sequence[Candidate], bounds: Sequence[Bounds], context: Context
+    ) -> Plan:
+        calibrated = context.activations is not None
+        scope = ("sensitivity" if calibrated else "global") if self.scope == "auto" else self.scope
+        criterion: Any = ("reconstruction" if calibrated else "l2") if self.criterion == "auto" else self.criterion
+        probed = scope == "sensitivity" and calibrated
+        curves = scored(channels.graph, found, criterion, context, probed=probed, repair=self.repair)
+        return plan_widths(find, channels, found, curves, bounds, self.budget, context, block=self.block, alike=scope == "local")
+
+    def _cut(
+        self, graph: Graph, channels: Channels, gone: Mapping[Candidate, Any], known: Sequence[Weight], context: Context
+    ) -> set[int]:
+        """Repairs and cuts; returns the biases that moved, by id."""
+        moved: set[int] = set()
+        if self.repair:
+            values, repaired = mask(graph, gone, context)
+            by_site = {weight.site: weight for weight in known}
+            edits = [(by_site[site].constant, array) for site, array in values.items()] + list(repaired.biases.values())
+            for constant, array in edits:
+                set_values(constant, array)
+            moved = {id(constant) for constant, _ in repaired.biases.values()}
+        cut_channels(channels, {candidate.group: which for candidate, which in gone.items()})
+        return moved
+
+    def _notes(
+        self, plan: Plan, found: Sequence[Candidate], gone: Mapping[Candidate, Any], channels: Channels, context: Context
+    ) -> list[str]:
+        """Returns what was reached, and why not more."""
+        left = ", ".join(f"{name} x {plan.shares[name]:.3f}" for name in _MEASURES if name in plan.shares)
+        notes = [f"{left} of the model as it came to this pass; {len(gone)} of {len(channels.groups)} groups cut"]
+        budget = self.budget
+        if budget is not None and plan.shares[budget.measure] > budget.share + _CLOSE:
+            limits = "what least allows" if self.block == 1 else f"what least allows with widths in blocks of {self.block} (round)"
+            notes.append(f"asked for {budget.measure} x {budget.share:g}; x {plan.shares[budget.measure]:.3f} is {limits}")
+        if self.round == "auto" and self.block > 1:
+            notes.append(f"widths are multiples of {self.block}, which this processor computes at a time; round=N is for another one")
+        if context.activations is None and (self.scope == "sensitivity" or self.criterion in ("reconstruction", "activation")):
+            notes.append("there is no calibration data to go by: squares of weights stood for what the outputs lose")
+        return notes
+
+
+def _uncut(group: ChannelGroup, block: int) -> str:
+    if group.size <= block:
+        return f"its {group.size} channels are one block of {block}: fewer would save no time (round=none cuts them)"
+    return f"all {group.size} channels stay: others cost less for what they save"
+
+
+def _answers(
+    channels: Channels,
+    known: Sequence[Weight],
+    gone: Mapping[Candidate, Any],
+    reasons: Mapping[int, str],
+    before: Mapping[str, tuple[tuple[int, ...], int]],
+    moved: set[int],
+) -> tuple[list[Change], list[Skip]]:
+    """Returns what became of every weight."""
+    cut = {id(candidate.group): candidate for candidate in gone}
+    on: dict[int, list[ChannelGroup]] = {}
+    for group in channels.groups:
+        for tensor in dict.fromkeys(member.tensor for member in group.weights):
+            on.setdefault(id(tensor), []).append(group)
+    changes, skips = [], []
+    for weight in known:
+        groups = on.get(id(weight.constant), [])
+        shape, nbytes = before[weight.site]
+        if weight.constant.shape != shape:
+            lost = [f"{len(gone[cut[id(group)]])} of {group.size} channels of '{group.name}'" for group in groups if id(group) in cut]
+            sides = " -> ".join("x".join(map(str, sides)) for sides in (shape, weight.constant.shape))
+            after = constant_bytes(weight.constant, weight.scope.graph)
+            changes.append(Change(weight.site, nbytes, after, f"{sides}: without {', '.join(lost)}"))
+        elif id(weight.constant) not in moved:
+            why = dict.fromkeys(reasons[id(group)] for group in groups if id(group) in reasons)
+            skips.append(Skip(weight.site, "; ".join(why) or "holds no channels that could be cut"))
+    return changes, skips
