@@ -17,6 +17,7 @@ from typing import Any
 from onnxshrink.report import format_share
 
 ROOT = Path(__file__).resolve().parents[1]
+_UNCUT = 0.999
 
 
 def share_8bit(figures: dict[str, Any]) -> list[str]:
@@ -146,6 +147,39 @@ def sparsity(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def channels(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `channels.py`."""
+    lines = [
+        "| model | asked | original | result | MACs | time | paid | params | bytes | s | MB |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in figures["models"]:
+        asked = row["setting"].replace("criterion=l2,scope=local,repair=false", "plain").replace(",", ", ")
+        if "error" in row:
+            lines.append(f"| {row['name']} | {asked} | {row['error']} |||||||||")
+            continue
+        head = f"| {row['name']} | {asked} | {_score(row, 0)}"
+        if row["macs"] > _UNCUT:
+            lines.append(f"{head} | left as it was | 1.00 | | | | {row['bytes']:,} | {row['seconds']:.0f} | |")
+            continue
+        time = f"{row['latency']:.2f}" if "latency" in row else ""
+        paid = f"{(1 - row['latency']) / (1 - row['macs']):.2f}" if "latency" in row else ""
+        lines.append(
+            f"{head} | {_score(row, 1)} | {row['macs']:.2f} | {time} | {paid} "
+            f"| {row['params']:.2f} | {row['bytes']:,} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return lines
+
+
+def channel_coverage(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `channels.py --coverage`."""
+    lines = ["| model | groups | free | parameters in free groups | weights cut | ops without a rule |", "|---|--:|--:|--:|--:|---|"]
+    for row in figures["models"]:
+        barriers = ", ".join(f"{op} {count}" for op, count in row["barriers"].items() if ":" not in op) or "–"
+        lines.append(f"| {row['name']} | {row['groups']} | {row['free']} | {row['in_free']:.0%} | {row['cut']} | {barriers} |")
+    return lines
+
+
 def _score(row: dict[str, Any], which: int) -> str:
     """Returns top-1 or Spearman of the original (0) or the result (1), where there is one, and the result's SQNR."""
     if "error" in row:
@@ -187,6 +221,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "coded_cost": ("coded_size", coded_cost),
     "sparsity": ("sparsity", sparsity),
     "sparse_forms": ("sparse_forms", sparse_forms),
+    "channels": ("channels", channels),
+    "channel_coverage": ("channel_coverage", channel_coverage),
     "prune_methods": ("prune_speed", prune_methods),
     "huffman_session": ("huffman_session", huffman_session),
     "share_8bit": ("share_8bit", share_8bit),

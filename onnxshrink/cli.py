@@ -1,7 +1,7 @@
 """The command line: arguments in, text and an exit code out.
 
-Exit codes: 0 done; 2 usage, inputs or output place; 3 a pass that was asked for did not stay within the limits (the best found is
-written all the same); 4 validation failed; 5 the model cannot be used; 130 interrupted.
+Exit codes: 0 done; 2 usage, inputs or output place; 3 a pass that was asked for did not stay within the limits or did not reach
+its own target (the best found is written all the same); 4 validation failed; 5 the model cannot be used; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -193,6 +193,9 @@ def verify(
 @_guarded
 def inspect(
     model: ModelPath,
+    groups: Annotated[
+        bool, typer.Option("--groups", metavar="", help="Show the groups of channels that remove-channels cuts together.")
+    ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", metavar="", help="Measure what zeros do, by layer and in the whole model.")
     ] = False,
@@ -222,7 +225,7 @@ def inspect(
         )
         if plot is not None and found.sensitivity is not None:
             draw_degradation(found.sensitivity, plot, model.name)
-    _show(as_json, found.to_dict(), lambda: tables.inspection(found, "" if plot is None else str(plot)))
+    _show(as_json, found.to_dict(), lambda: tables.inspection(found, "" if plot is None else str(plot), with_groups=groups))
 
 
 @app.command()

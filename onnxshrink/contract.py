@@ -66,11 +66,15 @@ class Skip:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass did: every candidate site once, in ``changes`` or in ``skips``; ``notes`` for the rest."""
+    """What a pass did: every candidate site once, in ``changes`` or in ``skips``; ``notes`` for the rest.
+
+    ``missed`` says which target of the pass's own could not be reached, and what was; the result counts as the best there is.
+    """
 
     changes: Sequence[Change] = ()
     skips: Sequence[Skip] = ()
     notes: Sequence[str] = ()
+    missed: str = ""
 
 
 class Activations(Protocol):
@@ -108,6 +112,9 @@ class Trials(Protocol):
 
     def macs(self, graph: Graph) -> Mapping[int, float]:
         """Returns the multiply-accumulates of every node that ran on one sample, by id; of main graph and bodies."""
+
+    def shapes(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of what the nodes of the main graph computed from one sample, by name."""
 
     def latency_ratio(self, before: Graph, after: Graph) -> float:
         """Returns the time of the second graph over that of the first, measured in turns."""

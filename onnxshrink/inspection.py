@@ -19,6 +19,8 @@ from onnxshrink.graph.huffman import is_decoder_scope
 from onnxshrink.graph.huffman_weights import centred
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
+from onnxshrink.graph.work import multiply_accumulates as node_macs
+from onnxshrink.group_inspection import GroupInfo, group_infos
 from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.numerics.distribution import distribution
 from onnxshrink.registry import pass_class, pass_names
@@ -74,7 +76,7 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model as a whole and its weights, largest first; what zeros do to it where that was asked for."""
+    """A model as a whole, its weights, largest first, and groups of channels; what zeros do to it where that was asked for."""
 
     model: str
     nbytes: int
@@ -87,6 +89,7 @@ class Inspection:
     weights: Sequence[WeightInfo]
     notes: Sequence[str] = ()
     sensitivity: Degradation | None = None
+    groups: Sequence[GroupInfo] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and finite numbers."""
@@ -130,7 +133,17 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
         ops=dict(ops.most_common()),
         weights=sorted(infos, key=lambda info: -info.nbytes),
         notes=notes,
+        groups=group_infos(graph, _macs(graph, traces)),
     )
+
+
+def _macs(graph: Graph, traces: Mapping[int, NodeTrace]) -> dict[int, float] | None:
+    """Returns the multiply-accumulates of all nodes that ran, by id; None if nothing did."""
+    nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
+    found = {
+        key: float(done.runs * node_macs(nodes[key], done.input_shapes, done.output_shapes)) for key, done in traces.items()
+    }
+    return found or None
 
 
 def _traces(graph: Graph, notes: list[str]) -> Mapping[int, NodeTrace]:

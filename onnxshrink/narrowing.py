@@ -21,12 +21,13 @@ from onnxshrink.graph.channel_groups import Channels
 from onnxshrink.graph.channel_readers import Candidate
 from onnxshrink.graph.cutting import cut_channels
 from onnxshrink.graph.edit import sort_nodes
+from onnxshrink.graph.fixed_shapes import fixed_shapes
 from onnxshrink.graph.ir import Graph
 from onnxshrink.importance import ChannelCriterion, channel_scores
 from onnxshrink.numerics.widths import Ladder, choose_widths, rungs, uniform_widths
 from onnxshrink.sensitivity import folds
 
-__all__ = ["Bounds", "Budget", "Plan", "plan_widths", "scored"]
+__all__ = ["Bounds", "Budget", "Plan", "known_shapes", "plan_widths", "scored"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Measure = Literal["macs", "params", "channels", "latency"]
@@ -67,6 +68,14 @@ class Plan:
     widths: Array
     orders: Sequence[Array]
     shares: dict[Measure, float]
+
+
+def known_shapes(graph: Graph, context: Context) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes, by name, of tensors that have the same in every run, as one run shows them; nothing without trials."""
+    fixed = fixed_shapes(graph) if context.trials is not None else set()
+    if context.trials is None or not fixed:
+        return {}
+    return {name: shape for name, shape in context.trials.shapes(graph).items() if name in fixed}
 
 
 def scored(

@@ -271,4 +271,5 @@ def _report(
         skips=tuple(attempt.report.skips),
         notes=tuple(attempt.report.notes),
         outputs=after.comparison.outputs,
+        missed=attempt.report.missed,
     )

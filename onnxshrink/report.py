@@ -20,9 +20,9 @@ __all__ = [
     "format_bytes",
     "format_option",
     "format_share",
+    "in_general",
     "output_row",
     "skip_counts",
-    "without_numbers",
 ]
 
 Outcome = Literal["kept", "weakened", "unchanged", "dropped"]
@@ -44,6 +44,7 @@ class PassReport:
         changes: sites that were rewritten; empty when the pass was dropped.
         skips: sites that were left as they were.
         notes: what else is worth knowing.
+        missed: which target of the pass's own was not reached, and what was; else empty.
         outputs: the outputs after this step, compared with the original's.
     """
 
@@ -59,6 +60,7 @@ class PassReport:
     skips: Sequence[Skip] = ()
     notes: Sequence[str] = ()
     outputs: Sequence[OutputMetrics] = ()
+    missed: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class CompressionReport:
 
     @property
     def target_reached(self) -> bool:
-        """Whether every pass that was asked for was kept, if only weakened."""
-        return all(step.outcome != "dropped" for step in self.passes)
+        """Whether every pass that was asked for was kept, if only weakened, and reached what it was to reach."""
+        return all(step.outcome != "dropped" and not step.missed for step in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and finite numbers."""
@@ -135,7 +137,7 @@ class CompressionReport:
         for step in self.passes:
             options = ", ".join(f"{key.replace('_', '-')}={format_option(value)}" for key, value in step.options.items())
             lines += ["", f"## {step.name} ({options}): {step.outcome}", ""]
-            lines += [step.reason, ""] if step.reason else []
+            lines += [line for text in (step.reason, step.missed) if text for line in (text, "")]
             lines += [f"{format_bytes(step.bytes_before)} → {format_bytes(step.bytes_after)} in {step.seconds:.1f} s", ""]
             lines += _table(
                 ["site", "before", "after", "change"],
@@ -163,24 +165,27 @@ def format_bytes(count: int) -> str:
 def skip_counts(skips: Sequence[Skip]) -> list[tuple[str, int, str]]:
     """Returns (reason, how often, first site) for each reason, most frequent first.
 
-    Reasons that differ in their numbers only are one; a reason that occurs once keeps its numbers.
+    Reasons that differ in numbers and names only are one; a reason that occurs once keeps its own.
     """
     first: dict[str, Skip] = {}
     for skip in skips:
-        first.setdefault(without_numbers(skip.reason), skip)
-    counts = Counter(without_numbers(skip.reason) for skip in skips)
+        first.setdefault(in_general(skip.reason), skip)
+    counts = Counter(in_general(skip.reason) for skip in skips)
     return [
         (reason if count > 1 else first[reason].reason, count, first[reason].site) for reason, count in counts.most_common()
     ]
 
 
-def without_numbers(reason: str) -> str:
-    """Returns a reason with an ellipsis for each number; digits at the end of a word are part of it.
+def in_general(reason: str) -> str:
+    """Returns a reason with an ellipsis for each number and each quoted name; digits at the end of a word are part of it.
 
-    >>> without_numbers("would take 929 bytes as float32, dense it takes 151")
+    >>> in_general("would take 929 bytes as float32, dense it takes 151")
     'would take … bytes as float32, dense it takes …'
+    >>> in_general("a graph output ('logits')")
+    'a graph output'
     """
-    return re.sub(r"(?<![A-Za-z\d])\d[\d.,]*(?<![.,])", "…", reason)
+    unnamed = re.sub(r" ?\('[^']*'\)", "", reason)
+    return re.sub(r"(?<![A-Za-z\d])\d[\d.,]*(?<![.,])", "…", re.sub(r"'[^']*'", "'…'", unnamed))
 
 
 def format_share(share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -16,9 +17,9 @@ from onnxshrink.report import (
     format_bytes,
     format_option,
     format_share,
+    in_general,
     output_row,
     skip_counts,
-    without_numbers,
 )
 from onnxshrink.validate import Tolerance
 
@@ -26,13 +27,26 @@ if TYPE_CHECKING:
     from onnxshrink.api import Expanded, Verification
     from onnxshrink.degradation import Degradation, ModelCurve, ModelPoint
     from onnxshrink.demo import DemoResult
+    from onnxshrink.group_inspection import GroupInfo
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
     from onnxshrink.metrics import OutputMetrics
     from onnxshrink.registry import PassInfo
     from onnxshrink.validate import Accuracy
 
-__all__ = ["accuracy", "compression", "demo", "expansion", "inspection", "latency", "outputs", "passes", "sensitivity", "verification"]
+__all__ = [
+    "accuracy",
+    "channel_groups",
+    "compression",
+    "demo",
+    "expansion",
+    "inspection",
+    "latency",
+    "outputs",
+    "passes",
+    "sensitivity",
+    "verification",
+]
 
 _STYLES = {"kept": "green", "weakened": "yellow", "unchanged": "dim", "dropped": "red"}
 _MOST_SKIPS = 6
@@ -54,6 +68,7 @@ def compression(report: CompressionReport, places: str = "") -> RenderableType:
     return Group(
         steps,
         *(f"[yellow]{escape(step.name)}: {escape(step.reason)}[/]" for step in report.passes if step.reason),
+        *(f"[yellow]{escape(step.name)}: {escape(step.missed)}[/]" for step in report.passes if step.missed),
         *(part for step in report.passes for part in _skips(step)),
         *(f"[yellow]{escape(step.name)}: {escape(note)}[/]" for step in report.passes for note in step.notes),
         outputs(report.outputs, report.validation_samples, report.inputs, report.tolerance),
@@ -73,7 +88,7 @@ def outputs(metrics: Sequence[OutputMetrics], samples: int, source: str, toleran
     return Group(escape(head), table) if metrics else escape(head.rstrip(":"))
 
 
-def inspection(found: Inspection, picture: str = "") -> RenderableType:
+def inspection(found: Inspection, picture: str = "", *, with_groups: bool = False) -> RenderableType:
     """Returns the model's head line and its largest weights; and where the picture of its curves was written, if one was."""
     head = f"[bold]{escape(found.model)}[/]: {format_bytes(found.nbytes)}, opset {found.opset}, IR {found.ir_version}"
     ops = ", ".join(f"{op} {count}" for op, count in list(found.ops.items())[:8])
@@ -90,11 +105,32 @@ def inspection(found: Inspection, picture: str = "") -> RenderableType:
         obstacles.add_row(escape(f"{name}: {reason}"), str(count), format_bytes(nbytes))
     if obstacles.row_count:
         lines.append(obstacles)
+    if with_groups:
+        lines += channel_groups(found.groups)
     if found.sensitivity is not None:
         lines += sensitivity(found.sensitivity)
     if picture:
         lines.append(f"\ncurves drawn to {escape(picture)}")
     return Group(*lines, *(f"[yellow]note:[/] {escape(note)}" for note in found.notes))
+
+
+def channel_groups(groups: Sequence[GroupInfo]) -> list[RenderableType]:
+    """Returns the groups of channels that can be cut, most work first, and how many cannot, for which reason."""
+    free = [group for group in groups if not group.obstacle]
+    table = _table("group", ">channels", ">MACs", ">params", "computed by", "read by")
+    for group in free[:_MOST_WEIGHTS]:
+        sides = [_end_list([member.tensor for member in group.members if member.role == role]) for role in ("produces", "consumes")]
+        name = escape(_end(group.name)) + ("\n[dim]a mean or norm is taken over them[/]" if group.resliced else "")
+        share = "–" if group.macs is None else f"{group.macs:.1%}"
+        table.add_row(name, str(group.channels), share, f"{group.params:.1%}", *sides)
+    lines: list[RenderableType] = [f"\n{len(free)} of {len(groups)} groups of channels can be cut:", table]
+    if len(free) > _MOST_WEIGHTS:
+        lines.append(f"[dim]and {len(free) - _MOST_WEIGHTS} with less work; --json lists them all[/]")
+    counts = Counter(in_general(group.obstacle) for group in groups if group.obstacle)
+    obstacles = _table("why groups of channels stay", ">groups")
+    for reason, count in counts.most_common(_MOST_SKIPS):
+        obstacles.add_row(escape(reason), str(count))
+    return [*lines, *([obstacles] if counts else [])]
 
 
 def sensitivity(found: Degradation) -> list[RenderableType]:
@@ -210,6 +246,12 @@ def _end(site: str, longest: int = _LONGEST_SITE) -> str:
     return site if len(site) <= longest else f"…{site[1 - longest :]}"
 
 
+def _end_list(names: Sequence[str], most: int = 2) -> str:
+    """Returns the first of several names, and how many more there are."""
+    shown = [escape(_end(name)) for name in names[:most]]
+    return "\n".join([*shown, *([f"[dim]and {len(names) - most} more[/]"] if len(names) > most else [])]) or "–"
+
+
 def _decibels(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"  # + 0: no -0.0
 
@@ -252,11 +294,11 @@ def _curve_cells(point: ModelPoint, labels: bool) -> tuple[str, str]:
 
 
 def _obstacles(weights: Sequence[WeightInfo]) -> list[tuple[str, str, int, int]]:
-    """Returns (pass, reason, weights, bytes), most bytes first; reasons that differ in numbers only count as one."""
+    """Returns (pass, reason, weights, bytes), most bytes first; reasons that differ in numbers and names only count as one."""
     groups: dict[tuple[str, str], list[int]] = {}
     for info in weights:
         for name, reason in info.obstacles.items():
-            groups.setdefault((name, without_numbers(reason)), []).append(info.nbytes)
+            groups.setdefault((name, in_general(reason)), []).append(info.nbytes)
     rows = [(name, reason, len(sizes), sum(sizes)) for (name, reason), sizes in groups.items()]
     return sorted(rows, key=lambda row: -row[3])
 

@@ -43,6 +43,20 @@ class SampleTrials:
         }
         return {key: count for key, count in counts.items() if count}
 
+    def shapes(self, graph: Graph) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of what the nodes of the main graph computed from the first sample, by name.
+
+        Raises:
+            UnsupportedModelError: ONNX Runtime cannot run the graph without optimisations.
+        """
+        traces = trace(graph, self._samples[0])
+        found: dict[str, tuple[int, ...]] = {}
+        for node in graph.nodes:
+            computed = traces[id(node)].output_shapes if id(node) in traces else ()
+            if len(computed) == len(node.outputs):
+                found |= {tensor.name: shape for tensor, shape in zip(node.outputs, computed, strict=True) if tensor.name}
+        return found
+
     def latency_ratio(self, before: Graph, after: Graph) -> float:
         """Returns the time that the second graph takes over that of the first, both on one thread, in turns: a median.
 

@@ -30,7 +30,7 @@ from onnxshrink.graph.edit import constant_bytes, set_values
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.importance import CHANNEL_CRITERIA
-from onnxshrink.narrowing import Bounds, Budget, Plan, plan_widths, scored
+from onnxshrink.narrowing import Bounds, Budget, Plan, known_shapes, plan_widths, scored
 from onnxshrink.numerics.simd import channel_block
 from onnxshrink.options import option
 
@@ -116,7 +116,7 @@ class RemoveChannels(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
-        find = partial(find_channels, outer=self.heads)
+        find = partial(find_channels, shapes=known_shapes(graph, context), outer=self.heads)
         channels = find(graph)
         known = weights(graph)
         reasons, bounds = self._bounds(channels, known, context)
@@ -131,7 +131,7 @@ class RemoveChannels(Pass):
         before = {weight.site: (weight.constant.shape, constant_bytes(weight.constant, weight.scope.graph)) for weight in known}
         moved = self._cut(graph, channels, gone, known, context) if gone else set()
         changes, skips = _answers(channels, known, gone, reasons, before, moved)
-        return Report(changes, skips, self._notes(plan, found, gone, channels, context) if found else [])
+        return Report(changes, skips, self._notes(plan, len(gone), len(channels.groups), context), self._missed(plan))
 
     def _bounds(self, channels: Channels, known: Sequence[Weight], context: Context) -> tuple[dict[int, str], dict[int, Bounds]]:
         """Returns by group why it stays as it is, or what it may keep."""
@@ -177,21 +177,24 @@ class RemoveChannels(Pass):
         cut_channels(channels, {candidate.group: which for candidate, which in gone.items()})
         return moved
 
-    def _notes(
-        self, plan: Plan, found: Sequence[Candidate], gone: Mapping[Candidate, Any], channels: Channels, context: Context
-    ) -> list[str]:
-        """Returns what was reached, and why not more."""
+    def _notes(self, plan: Plan, cut: int, groups: int, context: Context) -> list[str]:
+        """Returns what was reached, and what is worth knowing of the way."""
         left = ", ".join(f"{name} x {plan.shares[name]:.3f}" for name in _MEASURES if name in plan.shares)
-        notes = [f"{left} of the model as it came to this pass; {len(gone)} of {len(channels.groups)} groups cut"]
-        budget = self.budget
-        if budget is not None and plan.shares[budget.measure] > budget.share + _CLOSE:
-            limits = "what least allows" if self.block == 1 else f"what least allows with widths in blocks of {self.block} (round)"
-            notes.append(f"asked for {budget.measure} x {budget.share:g}; x {plan.shares[budget.measure]:.3f} is {limits}")
-        if self.round == "auto" and self.block > 1:
+        notes = [f"{left} of the model as it came to this pass; {cut} of {groups} groups cut"]
+        if cut and self.round == "auto" and self.block > 1:
             notes.append(f"widths are multiples of {self.block}, which this processor computes at a time; round=N is for another one")
         if context.activations is None and (self.scope == "sensitivity" or self.criterion in ("reconstruction", "activation")):
             notes.append("there is no calibration data to go by: squares of weights stood for what the outputs lose")
         return notes
+
+    def _missed(self, plan: Plan) -> str:
+        """Returns that the target was missed, if it was."""
+        budget = self.budget
+        if budget is None or plan.shares[budget.measure] <= budget.share + _CLOSE:
+            return ""
+        blocks = f" in blocks of {self.block} (round)" if self.block > 1 else ""
+        reached = f"{budget.measure} x {plan.shares[budget.measure]:.3f}"
+        return f"asked for {budget.measure} x {budget.share:g}; {reached} is what the groups that can be cut have to give{blocks}"
 
 
 def _uncut(group: ChannelGroup, block: int) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onnxshrink.contract import Change, Skip
 from onnxshrink.metrics import OutputMetrics
-from onnxshrink.report import CompressionReport, Outcome, PassReport, format_bytes, skip_counts, without_numbers
+from onnxshrink.report import CompressionReport, Outcome, PassReport, format_bytes, skip_counts, in_general
 from onnxshrink.validate import Accuracy, Tolerance
 
 OUTPUT = OutputMetrics("logits", 0.01, 40.0, 0.99995, 0.25, 0.98)
@@ -189,4 +189,4 @@ class TestForPeople:
         ],
     )
     def test_numbers_are_taken_out_with_what_parts_their_digits(self, reason: str, expected: str) -> None:
-        assert without_numbers(reason) == expected
+        assert in_general(reason) == expected
