@@ -53,10 +53,10 @@ def fixed_shapes(graph: Graph) -> set[str]:
     data = {id(tensor) for tensor in given}  # whose values differ from run to run
     loose: set[int] = set()  # whose shapes do
     for node in graph.nodes:
-        sources = reads(node)
-        if any(id(tensor) in loose for tensor in sources) or _is_loose(node, data):
-            loose.update(id(tensor) for tensor in node.outputs)
+        sources = list(reads(node))
         is_shape = node.is_standard and node.op in ("Shape", "Size")
+        if not is_shape and (any(id(tensor) in loose for tensor in sources) or _is_loose(node, data)):
+            loose.update(id(tensor) for tensor in node.outputs)
         random = node.op.startswith(("Random", "Bernoulli", "Multinomial"))
         if random or any(id(tensor) in (loose if is_shape else data) for tensor in sources):
             data.update(id(tensor) for tensor in node.outputs)
