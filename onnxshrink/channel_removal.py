@@ -19,8 +19,8 @@ import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.graph.channel_readers import Candidate
-from onnxshrink.graph.ir import Graph
-from onnxshrink.graph.weights import Weight
+from onnxshrink.graph.ir import Constant, Graph
+from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.elimination import solve_kept
 from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe
@@ -30,6 +30,7 @@ __all__ = ["LossCurve", "loss_curves", "mask"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _WORST = 1e30  # squared drift that stands for outputs that are not finite
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of a group's channels: how many less are tried out
+_FREE = 1e-12  # of the whole loss: what was thought to cost less may turn out not to
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -53,9 +54,15 @@ class LossCurve:
 
     def through(self, counts: Sequence[int], losses: Sequence[float]) -> LossCurve:
         """Returns a curve of this one's shape through what was measured once so many channels were gone."""
+        every = np.arange(len(self.losses))
         measured = np.maximum(np.maximum.accumulate(losses), _TINY)
-        factors = np.log(measured) - np.log(np.maximum(self.losses[list(counts)], _TINY))
-        curve = np.maximum(self.losses, _TINY) * np.exp(np.interp(np.arange(len(self.losses)), counts, factors))
+        shape = self.losses / self.losses[-1] if self.losses[-1] > 0 else every / every[-1]
+        shape = np.maximum(shape, _FREE)
+        factors = np.log(measured) - np.log(shape[list(counts)])
+        curve = shape * np.exp(np.interp(every, counts, factors))
+        ends = np.searchsorted(counts, every)  # of two points that were tried out, what lies between is between their losses
+        curve = np.clip(curve, np.concatenate([[0.0], measured])[ends], np.concatenate([measured, [np.inf]])[ends])
+        curve[list(counts)] = measured
         curve[0] = 0.0
         return LossCurve(self.order, np.maximum.accumulate(curve))
 
@@ -78,7 +85,12 @@ def loss_curves(
     values: list[list[dict[str, Array]]] = [[{} for _ in counts] for counts in trials]
     every = {reader.weight.site: reader.weight for candidate in found for reader in candidate.readers}
     measured = list(curves)
-    done = sum(not left for left in waiting)
+    done = 0
+    for index, (candidate, curve) in enumerate(zip(found, curves, strict=True)):
+        if not waiting[index]:  # products of two things computed: what computes the channels is zero instead
+            drifts = [min(probe.squared_drift(_silenced(graph, candidate, curve.order[:count])), _WORST) for count in trials[index]]
+            measured[index] = curve.through(trials[index], drifts)
+            context.progress(done := done + 1, len(found))
     for weight, grams in with_grams(graph, list(every.values()), context):
         matrix = weight.layout.forward(weight.constant.values).astype(np.float64)
         for index, left in enumerate(waiting):
@@ -121,6 +133,17 @@ def mask(graph: Graph, gone: Mapping[Candidate, Array], context: Context) -> tup
         return weight.layout.forward(values[weight.site]).astype(np.float64)
 
     return values, rewrite_in_turn(graph, list(readers.values()), rewrite, context)
+
+
+def _silenced(graph: Graph, candidate: Candidate, gone: Array) -> dict[str, Array]:
+    sites = {id(weight.constant): weight.site for weight in weights(graph)}
+    values: dict[str, Array] = {}
+    for member in candidate.group.weights:
+        site = sites.get(id(member.tensor))
+        if site is not None and isinstance(member.tensor, Constant):
+            stays = ~np.isin(member.places, gone).reshape([-1 if axis == member.axis else 1 for axis in range(member.rank)])
+            values[site] = np.where(stays, values.get(site, member.tensor.values), 0).astype(member.tensor.dtype)
+    return values
 
 
 def _masked(wanted: Array, grams: Array | None, kept: Array) -> Array:

@@ -100,7 +100,7 @@ class Activations(Protocol):
     def paired_grams(
         self, graph: Graph, original: Graph, stages: Sequence[Sequence[Weight]]
     ) -> Iterator[Sequence[tuple[Weight, PairedGram]]]:
-        """Yields, portion by portion, the moments of what weights meet now together with what they met originally.
+        """Yields, portion by portion, the moments of what weights meet now, and of what the outputs of their layers lack of the original's.
 
         ``graph`` is a copy of ``original`` made for this; ``stages`` are of its weights, each after all that it depends on. Between
         two portions, those that came may get new values.
@@ -110,8 +110,8 @@ class Activations(Protocol):
 class Trials(Protocol):
     """Runs of whole graphs, seen from a pass. Nothing runs before it is asked for."""
 
-    def macs(self, graph: Graph) -> Mapping[int, float]:
-        """Returns the multiply-accumulates of every node that ran on one sample, by id; of main graph and bodies."""
+    def macs(self, graph: Graph) -> Mapping[int, float] | None:
+        """Returns the multiply-accumulates of every node that ran on one sample, by id; of main graph and bodies. None if unknown."""
 
     def shapes(self, graph: Graph) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes of what the nodes of the main graph computed from one sample, by name."""

@@ -70,7 +70,9 @@ def _by_inputs(graph: Graph, found: Sequence[Candidate], criterion: ChannelCrite
         for index, reader in of[weight.site]:
             scores[index] += rule(reader, grams, len(scores[index]))
         context.progress(done := done + 1, len(readers))
-    return scores
+    if criterion == "activation":
+        scores = [_normalized(one) for one in scores]
+    return [one if one.any() else _by_weights(candidate.group, "l2") for one, candidate in zip(scores, found, strict=True)]
 
 
 def _missed(reader: Reader, grams: Array | None, channels: int) -> Array:

@@ -31,6 +31,7 @@ __all__ = ["Bounds", "Budget", "Plan", "known_shapes", "plan_widths", "scored"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Measure = Literal["macs", "params", "channels", "latency"]
+_RUNGS = 40  # of a group's ladder: more are slower and lose no less
 _TRIALS = 7  # of latency: the share of multiply-accumulates is known within a hundredth or so then
 
 
@@ -63,11 +64,13 @@ class Plan:
         widths: int [groups].
         orders: for each group, its channels in the order in which they go: intp [channels].
         shares: what is left of multiply-accumulates, parameters and channels, by measure; of latency, where it was measured.
+        choices: how many widths each group could have had.
     """
 
     widths: Array
     orders: Sequence[Array]
     shares: dict[Measure, float]
+    choices: Sequence[int]
 
 
 def known_shapes(graph: Graph, context: Context) -> dict[str, tuple[int, ...]]:
@@ -127,8 +130,9 @@ def plan_widths(
     groups = [candidate.group for candidate in found]
     ladders = [_ladder(candidate, curve, bound, block) for candidate, curve, bound in zip(found, curves, bounds, strict=True)]
     sizes = np.array([group.size for group in groups], np.int64)
+    macs = context.trials.macs(channels.graph) if context.trials is not None else None
     costs: dict[Measure, Cost] = {
-        "macs": macs_cost(channels, groups, context.trials.macs(channels.graph) if context.trials else inferred_macs(channels)),
+        "macs": macs_cost(channels, groups, inferred_macs(channels) if macs is None else macs),
         "params": stored_cost(channels, groups, lambda constant: constant.size),
         "channels": channel_count(groups),
     }
@@ -155,7 +159,7 @@ def plan_widths(
     else:
         widths = widths_at(budget.measure, budget.share)
     shares: dict[Measure, float] = {name: _share(cost, widths, sizes) for name, cost in costs.items()}
-    return Plan(widths, orders, shares | latency)
+    return Plan(widths, orders, shares | latency, [len(ladder.widths) for ladder in ladders])
 
 
 def _share(cost: Cost, widths: Array, sizes: Array) -> float:
@@ -166,7 +170,8 @@ def _share(cost: Cost, widths: Array, sizes: Array) -> float:
 def _ladder(candidate: Candidate, curve: LossCurve, bound: Bounds, block: int) -> Ladder:
     group = candidate.group
     apart = min((int((member.places >= 0).sum()) // group.size for member in group.weights if member.role), default=1)
-    widths = rungs(group.size, max(block // max(apart, 1), 1), int(np.ceil(bound.least * group.size)))
+    most = _RUNGS if bound.keep is None else None
+    widths = rungs(group.size, max(block // max(apart, 1), 1), int(np.ceil(bound.least * group.size)), most)
     if bound.keep is not None:
         widths = widths[[np.argmin(np.abs(widths - bound.keep * group.size))]]
     return Ladder(widths, curve.losses[group.size - widths])

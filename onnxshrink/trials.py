@@ -5,11 +5,12 @@ A pass knows no ONNX Runtime; `onnxshrink.contract.Trials` is what it sees of th
 
 from __future__ import annotations
 
+from onnxshrink.errors import UnsupportedModelError
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.work import multiply_accumulates
 from onnxshrink.inputs import Samples
 from onnxshrink.latency import bench
-from onnxshrink.tracing import trace
+from onnxshrink.tracing import NodeTrace, trace
 
 __all__ = ["SampleTrials"]
 
@@ -29,33 +30,32 @@ class SampleTrials:
         self._samples = samples
         self._seconds = seconds
 
-    def macs(self, graph: Graph) -> dict[int, float]:
-        """Returns the multiply-accumulates of the nodes that ran on the first sample, by id.
-
-        Raises:
-            UnsupportedModelError: ONNX Runtime cannot run the graph without optimisations.
-        """
-        traces = trace(graph, self._samples[0])
+    def macs(self, graph: Graph) -> dict[int, float] | None:
+        """Returns the multiply-accumulates of the nodes that ran on the first sample, by id; None if they do not run one by one."""
+        traces = self._traces(graph)
         nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
         counts = {
             key: float(done.runs * multiply_accumulates(nodes[key], done.input_shapes, done.output_shapes))
             for key, done in traces.items()
         }
-        return {key: count for key, count in counts.items() if count}
+        return {key: count for key, count in counts.items() if count} if traces else None
 
     def shapes(self, graph: Graph) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of what the nodes of the main graph computed from the first sample, by name.
-
-        Raises:
-            UnsupportedModelError: ONNX Runtime cannot run the graph without optimisations.
-        """
-        traces = trace(graph, self._samples[0])
+        """Returns the shapes of what the nodes of the main graph computed from the first sample, by name; none where they do not run."""
+        traces = self._traces(graph)
         found: dict[str, tuple[int, ...]] = {}
         for node in graph.nodes:
             computed = traces[id(node)].output_shapes if id(node) in traces else ()
             if len(computed) == len(node.outputs):
                 found |= {tensor.name: shape for tensor, shape in zip(node.outputs, computed, strict=True) if tensor.name}
         return found
+
+    def _traces(self, graph: Graph) -> dict[int, NodeTrace]:
+        """Returns what nodes did; nothing where ONNX Runtime runs the graph only in an optimised form."""
+        try:
+            return trace(graph, self._samples[0])
+        except UnsupportedModelError:
+            return {}
 
     def latency_ratio(self, before: Graph, after: Graph) -> float:
         """Returns the time that the second graph takes over that of the first, both on one thread, in turns: a median.

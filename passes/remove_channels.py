@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from onnxshrink.channel_removal import mask
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
@@ -28,6 +30,7 @@ from onnxshrink.graph.channel_readers import Candidate, candidates
 from onnxshrink.graph.cutting import cut_channels
 from onnxshrink.graph.edit import constant_bytes, set_values
 from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.importance import CHANNEL_CRITERIA
 from onnxshrink.narrowing import Bounds, Budget, Plan, known_shapes, plan_widths, scored
@@ -127,10 +130,16 @@ class RemoveChannels(Pass):
             for candidate, order, width in zip(found, plan.orders, plan.widths, strict=True)
             if width < candidate.group.size
         }
-        reasons |= {id(one.group): _uncut(one.group, self.block) for one in found if one not in gone}
+        for one, choices in zip(found, plan.choices, strict=True):
+            if one not in gone:
+                reasons[id(one.group)] = self._uncut(one.group, bounds[id(one.group)], choices)
         before = {weight.site: (weight.constant.shape, constant_bytes(weight.constant, weight.scope.graph)) for weight in known}
+        stored = _stored_bytes(graph)
         moved = self._cut(graph, channels, gone, known, context) if gone else set()
         changes, skips = _answers(channels, known, gone, reasons, before, moved)
+        if changes:  # constants that hold sizes belong to all of them
+            others = _stored_bytes(graph) - stored - sum(change.bytes_after - change.bytes_before for change in changes)
+            changes[0] = replace(changes[0], bytes_after=changes[0].bytes_after + others)
         return Report(changes, skips, self._notes(plan, len(gone), len(channels.groups), context), self._missed(plan))
 
     def _bounds(self, channels: Channels, known: Sequence[Weight], context: Context) -> tuple[dict[int, str], dict[int, Bounds]]:
@@ -145,11 +154,17 @@ class RemoveChannels(Pass):
                 reasons[id(group)] = str(group.reason)
             elif len(given) < len(chosen):
                 reasons[id(group)] = "left alone by a rule"
+            elif integers := [weight.constant.dtype for weight in members if weight.computes and not is_float(weight.constant.dtype)]:
+                reasons[id(group)] = f"a weight holds {integers[0]} values; remove channels before quantizing"
+            elif any(not np.isfinite(weight.constant.values).all() for weight in members if is_float(weight.constant.dtype)):
+                reasons[id(group)] = "a weight holds NaN or infinity"
             elif group.resliced:
                 reasons[id(group)] = f"a sum or mean over these channels would become that of fewer ('{group.resliced[0]}')"
             else:
-                keeps = [options.keep for options in given if options.keep is not None]
-                bounds[id(group)] = Bounds(max((options.least for options in given), default=self.least), max(keeps, default=None))
+                leasts = {options.least for options in given} - {self.least} or {self.least}  # what rules say goes first
+                kept = [options.keep for options in given if options.keep is not None]
+                keeps = [share for share in kept if share != self.keep] or kept
+                bounds[id(group)] = Bounds(max(leasts), max(keeps, default=None))
         return reasons, bounds
 
     def _plan(
@@ -177,6 +192,16 @@ class RemoveChannels(Pass):
         cut_channels(channels, {candidate.group: which for candidate, which in gone.items()})
         return moved
 
+    def _uncut(self, group: ChannelGroup, bound: Bounds, choices: int) -> str:
+        """Returns why a group that could be cut was not."""
+        if bound.keep is not None:
+            return f"keeps all of its {group.size} channels by its own share (keep)"
+        if choices > 1:
+            return f"all {group.size} channels stay: others cost less for what they save"
+        if self.block > 1:
+            return f"its {group.size} channels fill no more than one block of {self.block}: fewer would save no time (round=none cuts them)"
+        return f"its {group.size} channels are the least it may keep (least)"
+
     def _notes(self, plan: Plan, cut: int, groups: int, context: Context) -> list[str]:
         """Returns what was reached, and what is worth knowing of the way."""
         left = ", ".join(f"{name} x {plan.shares[name]:.3f}" for name in _MEASURES if name in plan.shares)
@@ -197,10 +222,8 @@ class RemoveChannels(Pass):
         return f"asked for {budget.measure} x {budget.share:g}; {reached} is what the groups that can be cut have to give{blocks}"
 
 
-def _uncut(group: ChannelGroup, block: int) -> str:
-    if group.size <= block:
-        return f"its {group.size} channels are one block of {block}: fewer would save no time (round=none cuts them)"
-    return f"all {group.size} channels stay: others cost less for what they save"
+def _stored_bytes(graph: Graph) -> int:
+    return sum(constant_bytes(constant, graph) for constant in graph.constants)
 
 
 def _answers(

@@ -32,7 +32,7 @@ class Cost:
         amounts: float64 [terms], before any cut.
         axes: intp [terms, axes of the term that has most]: which rows of ``shares``; the last row stands for no axis.
         pinned: float64 [axes + 1]: the share of an axis that belongs to none of the groups.
-        shares: float64 [axes + 1, groups]: the share of an axis that one channel of a group is.
+        shares: float64 [axes + 1, groups]: the share of an axis that one channel of a group is, on average.
         fixed: what no cut changes.
     """
 
@@ -102,17 +102,18 @@ def _work(node: Node, amount: float) -> Iterator[tuple[float, Axes]]:
     a, b, *rest = [*node.inputs, node.outputs[0]] if len(node.inputs) == 1 else node.inputs
     output = node.outputs[0]
     if node.op in ("Conv", "ConvTranspose"):
-        yield amount, [(b, 0), (b, 1)]
+        yield amount, [(a, 0), (b, 0), (b, 1)]
     elif node.op in ("GRU", "LSTM", "RNN"):
         parts = [weight.size if isinstance(weight, Constant) else 1 for weight in (b, rest[0])]
-        yield from ((amount * part / sum(parts), [(weight, 1), (weight, 2)]) for weight, part in zip((b, rest[0]), parts, strict=True))
+        for weight, part in zip((b, rest[0]), parts, strict=True):
+            yield amount * part / sum(parts), [(a, 1), (weight, 1), (weight, 2)]
     elif node.op == "Einsum":
         words = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
         pairs = [(letter, (tensor, axis)) for word, tensor in zip(words, node.inputs, strict=True) for axis, letter in enumerate(word)]
         yield amount, list(dict(pairs).values())
     else:
         summed = 0 if node.op == "Gemm" and node.attrs.get("transA", 0) else -1
-        yield amount, [(a, summed), *((output, -1 - axis) for axis in range(4))]  # rows, columns, and batches such as heads
+        yield amount, [(a, summed), *((output, -1 - axis) for axis in range(6))]  # rows, columns, and batches such as heads
 
 
 def _cost(channels: Channels, groups: Sequence[ChannelGroup], terms: Sequence[tuple[float, Axes]], fixed: float) -> Cost:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink.graph.channel_groups import ChannelGroup
+from onnxshrink.graph.channel_groups import FOLLOWS, ChannelGroup
 from onnxshrink.graph.channel_sites import CONSUMES
 from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import Weight, weights
 
 __all__ = ["Candidate", "Reader", "candidates"]
@@ -60,8 +61,11 @@ def candidates(graph: Graph, groups: Sequence[ChannelGroup]) -> list[Candidate]:
 def _readers(group: ChannelGroup, known: Mapping[int, Weight]) -> Iterator[Reader]:
     for member in group.weights:
         weight = known.get(id(member.tensor))
-        if member.role == CONSUMES and weight is not None:
-            along = [1] * member.rank
-            along[member.axis] = -1
-            everywhere = np.broadcast_to(member.places.astype(np.int32).reshape(along), weight.constant.shape)
-            yield Reader(weight, weight.layout.forward(everywhere))
+        if weight is None or not is_float(weight.constant.dtype) or (member.role != CONSUMES and not weight.computes):
+            continue
+        along = [1] * member.rank
+        along[member.axis] = -1
+        everywhere = np.broadcast_to(member.places.astype(np.int32).reshape(along), weight.constant.shape)
+        reader = Reader(weight, weight.layout.forward(everywhere))
+        if member.role == CONSUMES or (member.role == FOLLOWS and weight.view is not None and reader.columns is not None):
+            yield reader  # the latter behind a Reshape, which roles do not pass

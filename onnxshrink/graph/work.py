@@ -39,8 +39,13 @@ def multiply_accumulates(node: Node, inputs: Sequence[Shape], outputs: Sequence[
     if node.op in _RECURRENT:
         return math.prod(shapes[0][:2]) * (math.prod(shapes[1]) + math.prod(shapes[2]))
     if node.op == "Einsum":
-        letters = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
-        sizes = {letter: size for word, shape in zip(letters, shapes, strict=True) for letter, size in zip(word, shape, strict=False)}
+        words = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
+        sizes: dict[str | int, int] = {}
+        for word, shape in zip(words, shapes, strict=True):
+            before, dots, after = word.partition("...")
+            more = range(len(before) + len(after) - len(shape), 0) if dots else ()  # axes of an ellipsis count from the right
+            for letter, size in zip([*before, *more, *after], shape, strict=False):
+                sizes[letter] = max(sizes.get(letter, 1), size)
         return math.prod(sizes.values())
     if node.op == "Gemm":
         return math.prod(outputs[0]) * shapes[0][0 if node.attrs.get("transA", 0) else 1]

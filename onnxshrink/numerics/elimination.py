@@ -63,7 +63,8 @@ def eliminate(matrix: Array, grams: Array, owner: Array, channels: int) -> Elimi
     ):
         shapes = f"shapes {matrix.shape}, {grams.shape} and {owner.shape}"
         raise ValueError(must("eliminate", "matrix, grams and owner", "[rows, n], [groups, n, n] and [n]", shapes))
-    weights = np.asarray(matrix, np.float64).reshape(len(grams), -1, matrix.shape[1])
+    alive = np.asarray(np.diagonal(grams, axis1=1, axis2=2).any(axis=1))  # rows that meet nothing miss nothing
+    weights = np.asarray(matrix, np.float64).reshape(len(grams), -1, matrix.shape[1]) * alive[:, None, None]
     damped = grams + _damping(grams)[:, None, None] * np.eye(matrix.shape[1])
     energy = max(float(np.einsum("grc,gcd,grd->", weights, grams, weights, optimize=True)), np.finfo(np.float64).tiny)
     inverse = np.stack([linalg.inv(gram) for gram in damped])
@@ -98,9 +99,12 @@ def solve_kept(matrix: Array, grams: Array, kept: Array) -> Array:
         return found
     for rows, wide, gram in zip(np.split(found, len(grams)), np.split(matrix, len(grams)), grams, strict=True):
         part = gram[np.ix_(kept, kept)]
-        damped = part + _DAMPING * max(float(np.diagonal(part).mean()), np.finfo(np.float64).tiny) * np.eye(len(part))
+        rows[:, kept] = wide[:, kept]
+        if not (mean := float(np.diagonal(part).mean())) > 0:
+            continue
+        damped = part + _DAMPING * mean * np.eye(len(part))
         lost = np.asarray(wide, np.float64)[:, ~kept] @ gram[np.ix_(~kept, kept)]
-        rows[:, kept] = wide[:, kept] + linalg.solve(damped, lost.T, assume_a="pos").T
+        rows[:, kept] += linalg.solve(damped, lost.T, assume_a="pos").T
     return found
 
 

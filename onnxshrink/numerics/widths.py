@@ -35,17 +35,18 @@ class Ladder:
     losses: Array
 
 
-def rungs(size: int, block: int, least: int, fine: int = 1) -> Array:
+def rungs(size: int, block: int, least: int, most: int | None = None) -> Array:
     """Returns the widths that a group may take, descending from its full size.
 
     Args:
         size: how many channels it has.
         block: widths below are multiples of it.
         least: the smallest.
-        fine: every so manieth width where there are many.
+        most: how many widths there are at most, about evenly spread, the narrowest among them; None for all.
     """
-    start = (size - 1) // block * block
-    below = np.arange(start, max(least, 1) - 1, -block * fine, dtype=np.int64) if start else np.zeros(0, np.int64)
+    below = np.arange((size - 1) // block * block, max(least, 1) - 1, -block, dtype=np.int64)
+    if most is not None and len(below) > most:
+        below = below[np.unique(np.linspace(0, len(below) - 1, most).round().astype(np.int64))]
     return np.concatenate([[size], below]).astype(np.int64)
 
 
