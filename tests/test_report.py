@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from onnxshrink.contract import Change, Skip
 from onnxshrink.metrics import OutputMetrics
-from onnxshrink.report import CompressionReport, Outcome, PassReport, format_bytes, skip_counts, in_general
+from onnxshrink.report import CompressionReport, Outcome, PassReport, format_bytes, in_general, skip_counts
 from onnxshrink.validate import Accuracy, Tolerance
 
 OUTPUT = OutputMetrics("logits", 0.01, 40.0, 0.99995, 0.25, 0.98)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto
 
+from onnxshrink.graph.channel_roles import stored_roles
 from onnxshrink.graph.channel_rules import rule_of
 from onnxshrink.graph.channel_sites import PRODUCES, Rule, Site
 from onnxshrink.graph.excerpt import reads
@@ -25,6 +26,7 @@ from onnxshrink.graph.ir import Constant, Graph, Node, Tensor
 from onnxshrink.graph.positions import Ids, Positions, Reason
 from onnxshrink.graph.shape_arithmetic import Sizes
 from onnxshrink.graph.static_shapes import shapes_and_sizes
+from onnxshrink.graph.structure import Structure
 from onnxshrink.graph.tensor_shapes import Dims
 
 __all__ = ["FOLLOWS", "ChannelGroup", "Channels", "Member", "channel_groups", "find_channels"]
@@ -93,6 +95,7 @@ class Channels:
         sites: the nodes whose op has a rule, with it.
         groups: those on whose axes weights produce or consume channels, or are read by an op without a rule; in graph order.
         barriers: how many nodes of which op stand in the way for want of a rule.
+        structure: of the graph when they were found.
     """
 
     graph: Graph
@@ -100,6 +103,7 @@ class Channels:
     sites: tuple[tuple[Site, Rule], ...]
     groups: tuple[ChannelGroup, ...]
     barriers: Mapping[str, int]
+    structure: Structure
 
 
 def channel_groups(graph: Graph, shapes: Mapping[str, Dims] | None = None, *, outer: bool = True) -> list[ChannelGroup]:
@@ -125,7 +129,8 @@ def find_channels(graph: Graph, shapes: Mapping[str, Dims] | None = None, *, out
     for node in graph.nodes:
         finder.relate(node)
     positions.settle(outer=outer)
-    return Channels(graph, positions, tuple(finder.sites), tuple(finder.groups()), dict(finder.barriers))
+    structure = Structure.of(graph, finder.fixed)
+    return Channels(graph, positions, tuple(finder.sites), tuple(finder.groups()), dict(finder.barriers), structure)
 
 
 def _tensors(graph: Graph) -> Iterator[Tensor]:
@@ -144,9 +149,10 @@ class _Finder:
         self.barriers: Counter[str] = Counter()
         self.roles: dict[tuple[int, int], str] = {}
         self.resliced: list[tuple[Ids, str]] = []
+        self.fixed: set[int] = set()
 
     def site(self, node: Node) -> Site:
-        return Site(node, self.graph.opset, self.positions, self.sizes, self.roles, self.resliced)
+        return Site(node, self.graph.opset, self.positions, self.sizes, self.roles, self.resliced, fixed=self.fixed)
 
     def pin(self, tensor: Tensor, site: str, text: str) -> None:
         for axis in range(len(self.positions.dims(tensor) or ())):
@@ -176,6 +182,7 @@ class _Finder:
             for tensor in node.inputs:
                 if isinstance(tensor, Constant):
                     self.pin(tensor, node.site, "used in the arithmetic of shapes")
+                    self.fixed.add(id(tensor))
             return
         rule = rule_of(node)
         text = self.obstacle(node, rule)
@@ -195,6 +202,7 @@ class _Finder:
                 self.pin_reads(tensor, Reason(node.site, f"its size is read by {node.op}"))
         self.sites.append((site, rule))
         rule.relate(site)
+        site.pin_unsaid()
 
     def obstacle(self, node: Node, rule: Rule | None) -> str | None:
         """Returns why a node cannot be left to a rule."""
@@ -204,14 +212,15 @@ class _Finder:
             return f"{node.op} has no rule"
         if any(isinstance(value, AttributeProto) and value.type != AttributeProto.TENSOR for value in node.attrs.values()):
             return f"{node.op} has an attribute that is not understood"
-        written = node.outputs[:1] if node.op == "Dropout" else node.outputs  # inference forgets the mask before opset 12
-        if any(tensor.name and self.positions.dims(tensor) is None for tensor in (*node.inputs, *written)):
+        unread = [] if node.op != "Dropout" else [mask for mask in node.outputs[1:] if not mask.outputs and mask not in self.graph.outputs]
+        seen = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name and tensor not in unread]
+        if any(self.positions.dims(tensor) is None for tensor in seen):  # inference forgets the mask of Dropout before opset 12
             return f"{node.op} reads or computes a tensor of unknown rank"
         return None
 
     def groups(self) -> Iterator[ChannelGroup]:
         """Yields the groups of classes on the axes along which a weight produces or consumes."""
-        axes, roles = self.positions.axes, _stored_roles(self.graph, self.roles)
+        axes, roles = self.positions.axes, stored_roles(self.graph, self.positions, self.roles)
         stored = {id(constant) for constant in self.graph.constants}
         weighty = [index for index, (tensor, axis, *_) in enumerate(axes) if id(tensor) in stored and (id(tensor), axis) in roles]
         classes, holds = _classes_on(self.positions, weighty)  # in the order of their first positions
@@ -256,32 +265,18 @@ def _classes_on(positions: Positions, axes: list[int]) -> tuple[Ids, Ids]:
 
 
 def _families(holds: Ids, pinned: Ids) -> Ids:
-    """Returns a number for each class, equal for classes on the same axes with the same reason, by refining a partition.
+    """Returns a number for each class, equal for classes on the same axes with the same reason.
 
     Args:
         holds: (class, axis), sorted, each once: [pairs, 2].
         pinned: the reason of each class.
     """
     counts = np.bincount(holds[:, 0], minlength=len(pinned))
-    ranks = np.arange(len(holds)) - np.repeat(np.cumsum(counts) - counts, counts)  # which of its axes it is
-    family = np.unique(pinned, return_inverse=True)[1].astype(np.int64)
-    width = int(holds[:, 1].max(initial=0)) + 2
-    for rank in range(int(counts.max(initial=0))):
-        axis = np.full(len(pinned), -1)
-        axis[holds[ranks == rank, 0]] = holds[ranks == rank, 1]
-        family = np.unique(family * width + axis + 1, return_inverse=True)[1].astype(np.int64)
+    starts, family, known = np.cumsum(counts) - counts, np.zeros(len(pinned), np.int64), 0
+    for count in np.unique(counts):
+        classes = np.flatnonzero(counts == count)
+        axes = holds[starts[classes, np.newaxis] + np.arange(count), 1]
+        found, which = np.unique(np.column_stack([pinned[classes], axes]), axis=0, return_inverse=True)
+        family[classes] = known + which.reshape(-1)
+        known += len(found)
     return family
-
-
-def _stored_roles(graph: Graph, roles: Mapping[tuple[int, int], str]) -> dict[tuple[int, int], str]:
-    """Returns roles with those that stored tensors have through nodes that keep axes or permute them."""
-    found = dict(roles)
-    for node in reversed(graph.nodes):
-        if not node.is_standard or node.op not in ("Cast", "DequantizeLinear", "Identity", "Transpose") or not node.outputs:
-            continue
-        perm = node.attrs.get("perm") if node.op == "Transpose" else None
-        source, output = node.inputs[0], node.outputs[0]
-        for (tensor, axis), role in list(found.items()):
-            if tensor == id(output):
-                found.setdefault((id(source), int(perm[axis]) if perm is not None else axis), role)
-    return found

@@ -25,11 +25,11 @@ def register_rule(op: str, rule: Rule, domain: str = "") -> None:
     Args:
         op: its type.
         rule: what it does with channels.
-        domain: empty for the ONNX standard, e.g. ``com.microsoft``.
+        domain: e.g. ``com.microsoft``; empty or ``ai.onnx`` for the ONNX standard.
 
     >>> register_rule("Negate", Rule(lambda site: site.broadcast(site.node.inputs, site.node.outputs[0])), "my.domain")
     """
-    _RULES[domain, op] = rule
+    _RULES["" if domain == "ai.onnx" else domain, op] = rule
 
 
 def rule_of(node: Node) -> Rule | None:

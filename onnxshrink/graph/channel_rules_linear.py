@@ -122,14 +122,12 @@ def _einsum(site: Site) -> None:
         for axis, letter in enumerate(word):
             tensor, size = site.node.inputs[operand], site.dims(site.node.inputs[operand])[axis]
             site.role(operand, axis, PRODUCES if letter in output else CONSUMES)
+            site.free(tensor, axis)
             known, at = first.setdefault(letter, (tensor, axis))
             if size == 1 and site.dims(known)[at] != 1:
                 site.barrier("Einsum that repeats an axis of size 1")
             elif (known, at) != (tensor, axis):
                 site.same(tensor, axis, known, at)
-
-
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 def _recurrent(site: Site) -> None:
@@ -158,8 +156,9 @@ def _recurrent(site: Site) -> None:
         if tensor.name:
             site.same(tensor, -2, x, 1)
             site.pin(tensor, -3, "the directions of a recurrent layer")
+    site.pin(x, 0, "the steps of a sequence")
     if node.outputs[0].name:
-        site.same(node.outputs[0], 0, x, 0)
+        site.pin(node.outputs[0], 0, "the steps of a sequence")
     for axis, role in ((1, PRODUCES), (2, CONSUMES)):
         site.role(1, axis, role)
         site.role(2, axis, role)
@@ -168,7 +167,6 @@ def _recurrent(site: Site) -> None:
             site.pin(node.inputs[operand], 0, "the directions of a recurrent layer")
     if site.has(4):
         site.pin_all(node.inputs[4], "sequence lengths")
-        site.pin(x, 0, "positions in a sequence of given length")
         site.pin(x, 1, "samples with sequence lengths of their own")
 
 
@@ -184,5 +182,5 @@ RULES: dict[str, Rule] = {
     "Einsum": Rule(_einsum),
     "Gemm": Rule(_gemm),
     "MatMul": Rule(_matmul),
-    **dict.fromkeys(_GATES, Rule(_recurrent, _new_hidden_size)),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), Rule(_recurrent, _new_hidden_size)),
 }

@@ -8,7 +8,6 @@ import numpy as np
 
 from onnxshrink.graph.channel_shapes import follow_shape, new_shape
 from onnxshrink.graph.channel_sites import Edit, Kept, Rule, Site
-from onnxshrink.graph.ir import Constant
 
 __all__ = ["RULES"]
 
@@ -17,7 +16,7 @@ def _squeeze(site: Site) -> None:
     """Axes of size 1 go."""
     x, y = site.node.inputs[0], site.node.outputs[0]
     axes = site.integers(1, "axes")
-    if axes is None and (site.has(1) or any(not isinstance(size, int) for size in site.dims(x))):
+    if axes == [] or (axes is None and (site.has(1) or any(not isinstance(size, int) for size in site.dims(x)))):
         site.barrier("Squeeze of axes that are not known")
         return
     gone = {axis % site.rank(x) for axis in axes} if axes is not None else {at for at, size in enumerate(site.dims(x)) if size == 1}
@@ -84,12 +83,16 @@ def _tile(site: Site) -> None:
             site.same(x, axis, y, axis)
         elif isinstance(size, int):
             site.map(x, axis, y, axis, np.tile(np.arange(size), count), np.arange(size * count))
+        else:
+            site.pin(y, axis, "repeats an axis of unknown size")
 
 
 def _concat(site: Site) -> None:
     y, start = site.node.outputs[0], 0
     axis = site.axis("axis", 1, site.rank(y))
-    is_known = site.ids(y, axis) is not None
+    is_known = all(site.ids(tensor, axis) is not None for tensor in (y, *site.node.inputs))
+    if not is_known:
+        site.pin(y, axis, "concatenated of axes of which one has an unknown size")
     for tensor in site.node.inputs:
         for other in range(site.rank(y)):
             if other != axis:
@@ -135,13 +138,12 @@ def _new_split(site: Site, kept: Kept) -> Iterator[Edit]:
 
 def _pad(site: Site) -> None:
     """What is between the pads passes; pads of a constant value may be cut like channels, others need what they repeat."""
-    x, y = site.node.inputs[0], site.node.outputs[0]
-    pads, rank = site.integers(1, "pads"), site.rank(x)
-    if pads is None or len(pads) != 2 * rank or site.has(3):
-        site.barrier("Pad by widths that are not known, or along axes given apart")
+    x, y, pads = site.node.inputs[0], site.node.outputs[0], _pads(site)
+    if pads is None:
+        site.barrier("Pad by widths that are not known")
         return
-    for axis in range(rank):
-        size, before, after = site.dims(x)[axis], pads[axis], pads[axis + rank]
+    for axis in range(site.rank(x)):
+        size, (before, after) = site.dims(x)[axis], pads.get(axis, (0, 0))
         if not before and not after:
             site.same(x, axis, y, axis)
         elif str(site.node.attrs.get("mode", "constant")) == "constant" and isinstance(size, int) and before >= 0 and after >= 0:
@@ -151,33 +153,50 @@ def _pad(site: Site) -> None:
             site.pin(y, axis, "padded")
 
 
+def _pads(site: Site) -> dict[int, tuple[int, int]] | None:
+    """Returns the widths before and after each axis, in the order in which they are given; None if they are not known."""
+    pads, rank = site.integers(1, "pads"), site.rank(site.node.inputs[0])
+    axes = site.integers(3) if site.has(3) else list(range(rank))
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
+        return None
+    return {axis % rank: bounds for axis, *bounds in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True)}  # type: ignore[misc]
+
+
 def _new_pads(site: Site, kept: Kept) -> Iterator[Edit]:
-    x, y, pads = site.node.inputs[0], site.node.outputs[0], site.integers(1, "pads")
-    if pads is None:
-        return
-    rank, new = site.rank(x), list(pads)
-    for axis in range(rank):
-        along = kept.along(y, axis)
-        if along is not None and (pads[axis] or pads[axis + rank]) and not along.all():
-            new[axis] = int(along[: pads[axis]].sum())
-            new[axis + rank] = int(along[len(along) - pads[axis + rank] :].sum())
-    if new != pads:
+    pads = _pads(site)
+    assert pads is not None  # else nothing that is padded is cut
+    before, after = [], []
+    for axis, widths in pads.items():
+        along = kept.along(site.node.outputs[0], axis)
+        if any(widths) and along is not None and not along.all():
+            widths = int(along[: widths[0]].sum()), int(along[len(along) - widths[1] :].sum())
+        before.append(widths[0])
+        after.append(widths[1])
+    if list(zip(before, after, strict=True)) != list(pads.values()):
+        new = before + after
         yield Edit(new, "pads") if "pads" in site.node.attrs else Edit(np.array(new, np.int64), operand=1)
 
 
 def _resize(site: Site) -> None:
     """Axes that keep their size pass; those that do not stay."""
     x, y, attrs = site.node.inputs[0], site.node.outputs[0], site.node.attrs
-    if "axes" in attrs or attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or site.opset < 9:
-        site.barrier("Resize of axes given apart, with a crop, or before opset 9")
+    if attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or site.opset < 7:
+        site.barrier("Resize with a crop, or before opset 7")
         return
-    sizes, scales = site.has(3), _scales(site)
-    if sizes and not follow_shape(site, 3, y):
+    if attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        site.barrier("Resize that keeps the aspect ratio")
+        return
+    if "axes" in attrs:
+        named = {int(axis) % site.rank(x) for axis in attrs["axes"]}
+        site.pin_reads(site.reads(3), "its size is read for the size of something else")
+    elif site.has(3) and not follow_shape(site, 3, y):
         site.barrier("Resize to sizes that are not known")
         return
+    else:
+        scales = _scales(site)
+        named = {axis for axis in range(site.rank(x)) if not site.has(3) and (scales is None or scales[axis] != 1.0)}
     for axis in range(site.rank(x)):
-        is_equal = isinstance(site.dims(x)[axis], int) and site.dims(x)[axis] == site.dims(y)[axis]
-        if is_equal and (sizes or (scales is not None and float(scales[axis]) == 1.0)):
+        if axis not in named and isinstance(site.dims(x)[axis], int) and site.dims(x)[axis] == site.dims(y)[axis]:
             site.same(x, axis, y, axis)
         else:
             site.pin(x, axis, "resized")
@@ -185,16 +204,16 @@ def _resize(site: Site) -> None:
 
 
 def _scales(site: Site) -> list[float] | None:
-    """Returns the constant factors; they are input 1 of Upsample, and of Resize before opset 11."""
+    """Returns the constant factors of all axes: an attribute before opset 9, input 1 of Upsample, and of Resize before opset 11."""
+    if "scales" in site.node.attrs:
+        return [float(value) for value in site.node.attrs["scales"]]
     operand = 1 if site.opset < 11 or site.node.op == "Upsample" else 2
-    tensor = site.node.inputs[operand] if site.has(operand) else None
-    if not isinstance(tensor, Constant) or tensor.size != site.rank(site.node.inputs[0]):
-        return None
-    return [float(value) for value in tensor.values]
+    values = site.values(operand) if site.has(operand) else None
+    return values.tolist() if values is not None and values.size == site.rank(site.node.inputs[0]) else None
 
 
 def _new_resize(site: Site, kept: Kept) -> Iterator[Edit]:
-    if site.has(3):
+    if site.has(3) and "axes" not in site.node.attrs:
         yield from new_shape(site, kept, 3, site.node.outputs[0])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxshrink.graph.channel_shapes import factors, follow_shape, new_shape
 from onnxshrink.graph.channel_sites import PRODUCES, Edit, Kept, Rule, Site
-from onnxshrink.graph.ir import Constant, Tensor
+from onnxshrink.graph.ir import Tensor
 from onnxshrink.graph.positions import Choice, Reason, Side
 from onnxshrink.graph.static_shapes import same_size
 
@@ -134,8 +134,12 @@ def _sides(site: Site, axes: Axes, parts: tuple[int, ...]) -> Iterator[Side]:
         first = last
         while math.prod(parts[first:last]) < size:
             last += 1
+        ids = site.ids(tensor, axis)
+        if ids is not None and len(ids) != size:  # of [n, 8] -> [1, 8·n], where what follows demands 8
+            site.pin(tensor, axis, "reshaped from or to an axis of unknown size")
+            ids = None
         if size != 1:
-            yield Side(site.ids(tensor, axis), first, last)
+            yield Side(ids, first, last)
 
 
 def _gather(site: Site) -> None:
@@ -162,11 +166,12 @@ def _gather(site: Site) -> None:
 
 def _places(site: Site) -> Array | None:
     """Returns the constant indices of a Gather, counted from the front."""
-    x, indices = site.node.inputs
+    x = site.node.inputs[0]
     size = site.dims(x)[site.axis("axis", 0, site.rank(x))]
-    if not isinstance(indices, Constant) or not isinstance(size, int) or not np.issubdtype(indices.dtype, np.integer):
+    values = site.values(1)
+    if values is None or not isinstance(size, int):
         return None
-    places: Array = indices.values.astype(np.int64)
+    places = values.astype(np.int64)
     return np.where(places < 0, places + size, places)
 
 
@@ -176,8 +181,8 @@ def _new_places(site: Site, kept: Kept) -> Iterator[Edit]:
     axis, places = site.axis("axis", 0, site.rank(x)), _places(site)
     along = kept.along(x, axis)
     if places is not None and along is not None and not along.all():
-        new = np.cumsum(along) - 1
-        yield Edit(new[places[along[places]]] if places.ndim == 1 else new[places], operand=1)
+        new = (np.cumsum(along) - 1)[places]
+        yield Edit(kept.values(site.node.inputs[1], np.asarray(new)), operand=1)
 
 
 def _bounds(site: Site) -> list[tuple[int, int, int, int]] | None:
@@ -233,7 +238,7 @@ def _new_bounds(site: Site, kept: Kept) -> Iterator[Edit]:
         new.append((start, end))
     for operand, name in ((1, "starts"), (2, "ends")):
         values = [bound[operand - 1] for bound in new]
-        yield Edit(values, name) if name in site.node.attrs else Edit(np.array(values, np.int64), operand=operand)
+        yield Edit(values, name) if name in site.node.attrs else Edit(np.array(values, site.dtype(operand)), operand=operand)
 
 
 RULES: dict[str, Rule] = {

@@ -34,6 +34,13 @@ def _first_input(site: Site) -> None:
             site.broadcast(site.node.inputs[:1], result)
 
 
+def _cast_like(site: Site) -> None:
+    """X, any tensor of the type -> Y."""
+    _first_input(site)
+    for axis in range(site.rank(site.node.inputs[1])):
+        site.free(site.node.inputs[1], axis)
+
+
 def _quantize(site: Site) -> None:
     """X, scale, zero point -> Y: a scale per tensor, or one for each place on an axis."""
     x, y = site.node.inputs[0], site.node.outputs[0]
@@ -52,7 +59,8 @@ def _quantize(site: Site) -> None:
 def _batch_norm(site: Site) -> None:
     """X [N, C, *], scale, B, mean, var [C] -> Y."""
     x, y = site.node.inputs[0], site.node.outputs[0]
-    if any(tensor.name for tensor in site.node.outputs[1:]) or not int(site.node.attrs.get("spatial", 1)):
+    attrs = site.node.attrs
+    if any(tensor.name for tensor in site.node.outputs[1:]) or attrs.get("training_mode", 0) or not attrs.get("spatial", 1):
         site.barrier("BatchNormalization for training, or by element")
         return
     site.broadcast([x], y)
@@ -154,6 +162,17 @@ def _arg(site: Site) -> None:
     _keep_others(site, {axis}, keeps=bool(site.node.attrs.get("keepdims", 1)))
 
 
+def _top(site: Site) -> None:
+    """TopK -> values, positions along the axis: what is beside the axis does not matter to either."""
+    x = site.node.inputs[0]
+    axis = site.axis("axis", -1, site.rank(x))
+    for tensor in (x, *(tensor for tensor in site.node.outputs if tensor.name)):
+        site.pin(tensor, axis, "TopK picks from its positions")
+        for other in range(site.rank(x)):
+            if other != axis:
+                site.same(tensor, other, x, other)
+
+
 def _keep_others(site: Site, gone: set[int], *, keeps: bool) -> None:
     """Says that all axes but those that a reduction takes are the same before and after."""
     x, y, after = site.node.inputs[0], site.node.outputs[0], 0
@@ -195,7 +214,7 @@ _REDUCTIONS = "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMe
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, Rule(_pointwise)),
-    **dict.fromkeys(("Cast", "CastLike", "Dropout"), Rule(_first_input)),
+    **dict.fromkeys(("Cast", "Dropout"), Rule(_first_input)),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), Rule(_quantize)),
     **dict.fromkeys(_POOLS, Rule(_pool)),
     **dict.fromkeys(_REDUCTIONS, Rule(_reduce)),
@@ -203,11 +222,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), Rule(_competing)),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), Rule(_layer_norm)),
     "BatchNormalization": Rule(_batch_norm),
+    "CastLike": Rule(_cast_like),
     "CumSum": Rule(_cumulated),
     "GroupNormalization": Rule(_group_norm, _new_norm_groups),
     "InstanceNormalization": Rule(_instance_norm),
     "LRN": Rule(_lrn),
     "LpNormalization": Rule(_lp_norm),
+    "TopK": Rule(_top),
     # retired experimental ops that ONNX Runtime still runs (onnxruntime/core/graph/contrib_ops/contrib_defs.cc)
     "Affine": Rule(_pointwise),
     "Crop": Rule(_pool),

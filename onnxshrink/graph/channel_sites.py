@@ -30,6 +30,8 @@ class Site:
         sizes: what is computed from sizes, by tensor id.
         roles: by (tensor id, axis): whether a weight computes channels along it, or sums over it. Rules add to it.
         resliced: where sums and means over channels are taken, with the positions. Rules add to it.
+        said: the axes, by (tensor id, axis), of which the rule said something.
+        fixed: ids of the constants by whose values rules go.
     """
 
     node: Node
@@ -38,6 +40,8 @@ class Site:
     sizes: Mapping[int, Sizes]
     roles: dict[tuple[int, int], str] = field(default_factory=dict)
     resliced: list[tuple[Ids, str]] = field(default_factory=list)
+    said: set[tuple[int, int]] = field(default_factory=set)
+    fixed: set[int] = field(default_factory=set)
 
     def has(self, operand: int) -> bool:
         """Whether an optional input is given."""
@@ -59,8 +63,21 @@ class Site:
         return axis + rank if axis < 0 else axis
 
     def ids(self, tensor: Tensor, axis: int) -> Ids | None:
-        """Returns the positions along an axis, None if its size is unknown."""
-        return self.positions.ids(tensor, axis % max(self.rank(tensor), 1))
+        """Returns the positions along an axis, None if its size is unknown; whoever asks for them has something to say of it."""
+        axis %= max(self.rank(tensor), 1)
+        self.said.add((id(tensor), axis))
+        return self.positions.ids(tensor, axis)
+
+    def free(self, tensor: Tensor, axis: int) -> None:
+        """Says that an axis of an input may be cut on its own: the op sums over it, or does not look at what lies there."""
+        self.said.add((id(tensor), axis % max(self.rank(tensor), 1)))
+
+    def pin_unsaid(self) -> None:
+        """Pins the axes of inputs of which nothing was said."""
+        for tensor in self.node.inputs:
+            for axis, size in enumerate(self.positions.dims(tensor) or () if tensor.name else ()):
+                if size != 1 and (id(tensor), axis) not in self.said:
+                    self.pin(tensor, axis, f"{self.node.op} may need all of it")
 
     def same(self, left: Tensor, left_axis: int, right: Tensor, right_axis: int) -> None:
         """Says that two axes have the same channels in the same order."""
@@ -68,8 +85,7 @@ class Site:
         if one is not None and other is not None and len(one) == len(other):
             self.positions.tie(one, other)
         else:
-            self.pin(left, left_axis, "an axis of unknown size follows from it")
-            self.pin(right, right_axis, "it follows from an axis of unknown size")
+            self._pin_both(left, left_axis, right, right_axis)
 
     def map(self, left: Tensor, left_axis: int, right: Tensor, right_axis: int, left_places: Array, right_places: Array) -> None:
         """Says that some positions of two axes are the same channels, or pins both axes where a size is unknown."""
@@ -77,8 +93,12 @@ class Site:
         if one is not None and other is not None:
             self.positions.tie(one[left_places], other[right_places])
         else:
-            self.pin(left, left_axis, "an axis of unknown size follows from it")
-            self.pin(right, right_axis, "it follows from an axis of unknown size")
+            self._pin_both(left, left_axis, right, right_axis)
+
+    def _pin_both(self, left: Tensor, left_axis: int, right: Tensor, right_axis: int) -> None:
+        differ = self.ids(left, left_axis) is not None and self.ids(right, right_axis) is not None
+        self.pin(left, left_axis, "goes with an axis of another size" if differ else "an axis of unknown size follows from it")
+        self.pin(right, right_axis, "goes with an axis of another size" if differ else "it follows from an axis of unknown size")
 
     def broadcast(self, operands: Sequence[Tensor], result: Tensor, skip: int = 0) -> None:
         """Says that axes, aligned from the last one on, are the same; an axis of size 1 is repeated and follows none.
@@ -89,7 +109,7 @@ class Site:
             skip: how many of the last axes are something else.
         """
         for tensor in operands:
-            for back in range(1 + skip, self.rank(tensor) + 1):
+            for back in range(1 + skip, min(self.rank(tensor), self.rank(result)) + 1):
                 if self.dims(tensor)[-back] != 1 or self.dims(result)[-back] == 1:
                     self.same(tensor, -back, result, -back)
 
@@ -126,11 +146,21 @@ class Site:
         if ids is not None:
             self.resliced.append((ids, self.node.site))
 
+    def values(self, operand: int) -> Array | None:
+        """Returns the values of a constant input, None for any other; what is found holds only while they stay the same."""
+        tensor = self.node.inputs[operand]
+        if not isinstance(tensor, Constant):
+            return None
+        self.fixed.add(id(tensor))
+        return tensor.values
+
     def numbers(self, operand: int) -> Array | None:
         """Returns `Number` objects for an input that is constant or computed from sizes, None for any other."""
         tensor = self.node.inputs[operand]
-        if isinstance(tensor, Constant):
-            return constant_numbers(tensor.values)
+        values = self.values(operand)
+        if values is not None:
+            self.pin_all(tensor, f"{self.node.op} goes by its values")
+            return constant_numbers(values)
         return self.sizes[id(tensor)].numbers if id(tensor) in self.sizes else None
 
     def integers(self, operand: int, attribute: str = "") -> list[int] | None:
@@ -140,6 +170,16 @@ class Site:
         numbers = self.numbers(operand) if self.has(operand) else None
         values = [number.value for number in numbers.reshape(-1)] if numbers is not None else [None]
         return None if None in values else [value for value in values if value is not None]
+
+    def reads(self, operand: int) -> frozenset[tuple[int, int]]:
+        """Returns the axes whose sizes an input is computed from, by (tensor id, axis)."""
+        sizes = self.sizes.get(id(self.node.inputs[operand])) if self.has(operand) else None
+        return sizes.reads if sizes is not None else frozenset()
+
+    def dtype(self, operand: int) -> np.dtype[Any]:
+        """Returns the element type of an input that is constant or computed from sizes."""
+        tensor = self.node.inputs[operand]
+        return tensor.dtype if isinstance(tensor, Constant) else self.sizes[id(tensor)].dtype
 
     def pin_reads(self, reads: frozenset[tuple[int, int]], text: str) -> None:
         """Pins axes by (tensor id, axis)."""
@@ -167,6 +207,14 @@ class Kept:
         """Returns the same of an axis given by (tensor id, axis)."""
         ids = self.positions.at(axis)
         return self.mask[ids] if ids is not None else None
+
+    def values(self, tensor: Tensor, values: Array) -> Array:
+        """Returns what remains of an array in the shape that a tensor had before the cut."""
+        for axis in range(values.ndim):
+            along = self.along(tensor, axis)
+            if along is not None and not along.all():
+                values = np.compress(along, values, axis=axis)
+        return values
 
     def size(self, tensor: Tensor, axis: int) -> int | None:
         """Returns the new size of an axis, None if it is unknown."""
@@ -199,7 +247,8 @@ class Rule:
     """How an op passes channels on.
 
     Attributes:
-        relate: adds ties and pins to ``site.positions``; nothing said about an axis means that it may be cut on its own.
+        relate: adds ties and pins to ``site.positions``. An axis of an output of which it says nothing may be cut on its own; one of
+            an input stays, unless it is said to be free.
         rewrite: yields the attributes and the shape-like inputs that change with a cut; weights and biases need no mention: constants
             lose what their axes lose.
         shape_operands: inputs of which ``rewrite`` sees to it that they say the new sizes, where they are computed from sizes; what

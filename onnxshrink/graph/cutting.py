@@ -25,29 +25,43 @@ def cut_channels(channels: Channels, cut: Mapping[ChannelGroup, Iterable[int] | 
     """Removes channels from the graph in which they were found, in place; find them anew before the next cut.
 
     The result computes what the original computes once every weight that consumes a removed channel is zero there; a statistic over
-    the channels (``ChannelGroup.resliced``) is that of those that are left. Bodies and functions are not touched.
+    the channels (``ChannelGroup.resliced``) is that of those that are left. Bodies and functions are not touched. Of the initializers
+    that callers may override, those that get another shape are no longer inputs.
 
     Args:
-        channels: of the graph, which must be as it was.
+        channels: of the graph, in which only weights may have got new values since.
         cut: for each group which of its channels go, numbered from 0.
 
     Raises:
-        PassError: a channel that does not exist or cannot be cut, or an axis of which nothing would be left; the graph is unchanged.
+        PassError: the graph was changed since, a group of other channels, a channel that does not exist or cannot be cut, or an axis
+            of which nothing would be left; the graph is unchanged.
     """
-    gone = np.zeros(len(channels.positions.pinned), np.bool_)
-    for group, indices in cut.items():
-        places = np.unique(np.asarray(list(indices) if not isinstance(indices, np.ndarray) else indices, np.int64))
-        if places.size and not 0 <= places[0] <= places[-1] < group.size:
-            raise PassError(must(f"group '{group.name}'", "channels", f"from 0 to {group.size - 1}", places.tolist()))
-        if places.size and group.reason is not None:
-            raise PassError(f"group '{group.name}': cannot be cut: {group.reason}")
-        gone[group.classes[places]] = True
-    kept = Kept(channels.positions, ~gone[channels.positions.labels])
+    change = channels.structure.change(channels.graph)
+    if change is not None:
+        raise PassError(f"channels: the graph must be as it was when they were found, got another: {change} changed; find them anew")
+    kept = Kept(channels.positions, ~_gone(channels, cut)[channels.positions.labels])
     _refuse_empty(kept)
     edits = [(site.node, list(_edits(site, rule, kept))) for site, rule in channels.sites]
     edits = [(node, changes) for node, changes in edits if changes]
-    values = [(constant, _kept_values(constant, kept)) for constant in channels.graph.constants if _is_cut(constant, kept)]
+    values = [(constant, kept.values(constant, constant.values)) for constant in channels.graph.constants if _is_cut(constant, kept)]
     _apply(channels.graph, edits, values, kept)
+
+
+def _gone(channels: Channels, cut: Mapping[ChannelGroup, Iterable[int] | Array]) -> Array:
+    """Returns which classes go: bool [classes]."""
+    gone, known = np.zeros(len(channels.positions.pinned), np.bool_), set(channels.groups)
+    for group, indices in cut.items():
+        if group not in known:
+            raise PassError(f"group '{group.name}': must be one of the groups of the channels given, got one that was found another time")
+        places = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))
+        if not places.size:
+            continue
+        if places.dtype.kind not in "iu" or places.min() < 0 or places.max() >= group.size:
+            raise PassError(must(f"group '{group.name}'", "channels", f"numbers from 0 to {group.size - 1}", places.tolist()))
+        if group.reason is not None:
+            raise PassError(f"group '{group.name}': cannot be cut: {group.reason}")
+        gone[group.classes[places]] = True
+    return gone
 
 
 def _refuse_empty(kept: Kept) -> None:
@@ -82,15 +96,6 @@ def _is_cut(constant: Constant, kept: Kept) -> bool:
     return any(kept.changes(constant, axis) for axis in range(len(constant.shape)))
 
 
-def _kept_values(constant: Constant, kept: Kept) -> Array:
-    values = constant.values
-    for axis in range(values.ndim):
-        along = kept.along(constant, axis)
-        if along is not None and not along.all():
-            values = np.compress(along, values, axis=axis)
-    return values
-
-
 def _apply(graph: Graph, edits: list[tuple[Node, list[Edit]]], values: list[tuple[Constant, Array]], kept: Kept) -> None:
     names, suspects = NameSource(graph), set[Node | Constant]()
     for constant, array in values:
@@ -98,10 +103,11 @@ def _apply(graph: Graph, edits: list[tuple[Node, list[Edit]]], values: list[tupl
         constant.info = None
     shorter = {id(constant) for constant, _ in values}  # nobody can override what has another shape now
     graph.inputs = [tensor for tensor in graph.inputs if id(tensor) not in shorter or not isinstance(tensor, Constant)]
+    made: dict[Any, Constant] = {}
     for node, changes in edits:
         for edit in changes:
             if edit.operand >= 0:
-                suspects.update(_replace_operand(graph, node, edit, names))
+                suspects.update(_replace_operand(graph, node, edit, names, made))
             elif edit.value is None:
                 del node.attrs[edit.attribute]
             else:
@@ -113,13 +119,17 @@ def _apply(graph: Graph, edits: list[tuple[Node, list[Edit]]], values: list[tupl
     remove_dead(graph, suspects)
 
 
-def _replace_operand(graph: Graph, node: Node, edit: Edit, names: NameSource) -> Iterable[Node | Constant]:
+def _replace_operand(graph: Graph, node: Node, edit: Edit, names: NameSource, made: dict[Any, Constant]) -> Iterable[Node | Constant]:
     """Gives a node a constant of its own, and returns what it read before."""
     while len(node.inputs) <= edit.operand:
         node.inputs.append(Variable(""))
     before = node.inputs[edit.operand]
     dtype = before.dtype if isinstance(before, Constant) else edit.value.dtype
-    constant = Constant(names.fresh(f"{node.site}_{node.op.lower()}_{edit.operand}"), edit.value.astype(dtype))
+    key = (id(before), edit.value.shape, edit.value.astype(dtype).tobytes())
+    if key in made:  # what several nodes read, several nodes read anew
+        node.inputs[edit.operand] = made[key]
+        return []
+    constant = made[key] = Constant(names.fresh(f"{node.site}_{node.op.lower()}_{edit.operand}"), edit.value.astype(dtype))
     graph.constants.append(constant)
     node.inputs[edit.operand] = constant
     return [before] if isinstance(before, Constant) else list(before.inputs)

@@ -138,9 +138,10 @@ class Positions:
     def pin(self, ids: Ids | None, reason: Reason) -> None:
         """Says that positions must stay; those of an axis of unknown size stay anyway."""
         if ids is not None:
-            index = self._reason_index.setdefault(reason, len(self.reasons))
-            self.reasons[index:] = self.reasons[index:] or [reason]
-            self._pins.append((ids, index))
+            if reason not in self._reason_index:
+                self._reason_index[reason] = len(self.reasons)
+                self.reasons.append(reason)
+            self._pins.append((ids, self._reason_index[reason]))
 
     def choose(self, choice: Choice) -> None:
         """Leaves to `settle` which factor of a reshape carries the channels."""
@@ -150,7 +151,7 @@ class Positions:
         """Takes all choices and finds the classes.
 
         A factor that is pinned, or all of whose positions are one class, cannot carry channels. Where several can, the outermost is
-        taken, or the innermost; every choice may decide later ones, so those without alternative go first.
+        taken, or the innermost; every choice may decide others with which it shares classes, so those without alternative go first.
 
         Args:
             outer: whether to prefer outer factors (heads of attention) to inner ones (the size of each head).
@@ -167,9 +168,20 @@ class Positions:
                 else:
                     self._take(choice, able)
             if len(left) == len(self._choices):
-                self._take(left[0][0], left[0][1][: 1 if outer else None][-1:])
-                left = left[1:]
+                left = self._take_apart(left, outer=outer)
             self._choices = [choice for choice, _ in left]
+
+    def _take_apart(self, open_choices: list[tuple[Choice, list[int]]], *, outer: bool) -> list[tuple[Choice, list[int]]]:
+        """Takes the first choice, and those that share no class with one taken, and returns the others."""
+        seen, left = np.zeros(len(self.pinned), bool), []
+        for choice, able in open_choices:
+            classes = self.labels[np.concatenate([side.ids for side in choice.sides if side.ids is not None])]
+            if seen[classes].any():
+                left.append((choice, able))
+            else:
+                self._take(choice, able[:1] if outer else able[-1:])
+            seen[classes] = True
+        return left
 
     def _take(self, choice: Choice, able: list[int]) -> None:
         if not able:

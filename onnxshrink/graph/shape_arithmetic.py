@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def shape_arithmetic(graph: Graph, shapes: Shapes) -> dict[int, Sizes]:
         if rule is None or len(outputs) != 1:
             continue
         if node.op in ("Shape", "Size"):
-            found = _sizes_read(node, shapes)
+            found = _sizes_read(node, shapes, known)
         else:
             found = _evaluated(node, [_operand(tensor, known) for tensor in node.inputs], rule)
         if found is not None:
@@ -89,14 +89,16 @@ def shape_arithmetic(graph: Graph, shapes: Shapes) -> dict[int, Sizes]:
     return known
 
 
-def _sizes_read(node: Node, shapes: Shapes) -> Sizes | None:
-    dims = shapes.get(id(node.inputs[0]))
+def _sizes_read(node: Node, shapes: Shapes, known: Mapping[int, Sizes]) -> Sizes | None:
+    """Returns what Shape or Size gives; how many numbers a tensor computed from sizes has depends on no size."""
+    key = id(node.inputs[0])
+    dims = known[key].numbers.shape if key in known else shapes.get(key)
     if dims is None:
         return None
-    key = id(node.inputs[0])
-    read = [Number(dim if isinstance(dim, int) else None, (key, axis), frozenset({(key, axis)})) for axis, dim in enumerate(dims)]
-    numbers = np.empty(len(read), object)
-    numbers[:] = read
+    numbers = np.empty(len(dims), object)
+    for axis, dim in enumerate(dims):
+        value = dim if isinstance(dim, int) else None
+        numbers[axis] = Number(value) if key in known else Number(value, (key, axis), frozenset({(key, axis)}))
     if node.op == "Size":
         return Sizes(np.array(_product(numbers), object), np.dtype(np.int64))
     return Sizes(numbers[slice(node.attrs.get("start"), node.attrs.get("end"))], np.dtype(np.int64))
@@ -141,7 +143,9 @@ def _is_equal(left: Number, right: Number) -> Number:
     if left.value is not None and right.value is not None:
         return Number(int(left.value == right.value), None, reads)
     is_size, other = (left.axis, right.value) if left.axis is not None else (right.axis, left.value)
-    return Number(0 if is_size is not None and other is not None and other < 0 else None, None, frozenset())
+    if is_size is not None and other is not None and other < 0:
+        return Number(0)  # whatever the size is
+    return Number(None, None, reads)
 
 
 def _chosen(condition: Number, left: Number, right: Number) -> Number:
@@ -188,8 +192,8 @@ def _slice(node: Node, data: Array, *bounds: Array) -> Array | None:
 
 
 def _constant_of_shape(node: Node, shape: Array) -> Array | None:
-    dims, value = [number.value for number in shape if number.value is not None], node.attrs.get("value")
-    if len(dims) != shape.size or math.prod(dims) > _MAX_ELEMENTS or not isinstance(value, AttributeProto):
+    dims, value = _plain(shape), node.attrs.get("value")  # where a size says how many, it is a tensor like any other
+    if dims is None or math.prod(dims) > _MAX_ELEMENTS or not isinstance(value, AttributeProto):
         return None
     filling = numpy_helper.to_array(value.t)
     return constant_numbers(np.full(dims, filling.reshape(-1)[0])) if filling.dtype in (np.int64, np.int32) else None

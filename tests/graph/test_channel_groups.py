@@ -11,12 +11,13 @@ from onnx import helper, numpy_helper
 
 from onnxshrink.errors import PassError
 from onnxshrink.graph.channel_groups import channel_groups, find_channels
-from onnxshrink.graph.channel_rules import register_rule, rule_of, ruled_ops
+from onnxshrink.graph.channel_rules import _RULES, register_rule, rule_of, ruled_ops
 from onnxshrink.graph.channel_sites import Rule
 from onnxshrink.graph.cutting import cut_channels
+from onnxshrink.graph.edit import remove_dead, replace_everywhere
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
-from onnxshrink.graph.ir import Node
+from onnxshrink.graph.ir import Constant, Graph, Node
 from tests import corpus, oracle
 from tests.graph.channel_oracle import cut_and_compare, distance
 from tests.graph.test_channel_rules import CASES, HEADS, C, N, S, between, build, ints, linear
@@ -27,8 +28,9 @@ def reason(model: Any, name: str = "w1") -> str:
     return next(str(group.reason) for group in channel_groups(load(model)) if group.name == name and group.reason is not None)
 
 
+UNKNOWN = ["NonZero x -> z", ("Cast z -> u", {"to": 1}), ("ReduceMean u -> m", {"axes": [1]})]  # u [2, how many are not zero], m [2, 1]
 REFUSED = {
-    "an op without a rule": (between(("TopK h k -> r i", {"axis": 2}), k=ints(5)), "TopK has no rule"),
+    "an op without a rule": (between(("Trilu h -> r", {})), "Trilu has no rule"),
     "a graph output": (build(["Conv x w1 -> y"], (N, 4, S, S), w1=(C, 4, 1, 1)), "a graph output ('y')"),
     "Softmax": (between(("Softmax h -> r", {"axis": 1})), "weighs its positions"),
     "Softmax before opset 13": (between(("Softmax h -> r", {"axis": 1}), opset=11), "weighs its positions"),
@@ -42,6 +44,20 @@ REFUSED = {
     "steps": (between("Slice h i j k s -> r", channels=6, i=ints(0), j=ints(C), k=ints(1), s=ints(2)), "sliced in steps"),
     "Squeeze of whatever is 1": (build(["MatMul x w1 -> h", "Squeeze h -> r", "MatMul r w2 -> y"], (N, 1, 4), w1=(4, C), w2=(C, 6)), "Squeeze would take"),
     "a shape that is only known at run time": (build(["MatMul x w1 -> h", ("Cast x -> c", {"to": 7}), "Reshape h c -> r", "Relu r -> y"], (2,), w1=(2, C)), "Reshape"),
+    "TopK": (between(("TopK h k -> r i", {"axis": 1}), channels=5, k=ints(5)), "TopK picks"),
+    "BatchNormalization for training": (between(("BatchNormalization h s c m v -> r rm rv", {"training_mode": 1}), s=(C,), c=(C,), m=(C,), v=(C,)), "for training"),
+    "steps of a sequence": (
+        build(["Conv x w1 -> h", ("Transpose h -> t", {"perm": [1, 0, 2]}), ("GRU t wg rg -> g", {"hidden_size": 3}), "ReduceSum g -> y"], (N, 4, S), w1=(C, 4, 1), wg=(1, 9, S), rg=(1, 9, 3)), "the steps of a sequence",
+    ),
+    "Resize that keeps the aspect ratio": (between(("Resize h . . s -> r", {"keep_aspect_ratio_policy": "not_larger"}), opset=18, s=ints(N, C, 9, 10)), "keeps the aspect ratio"),
+    "a constant that is data and a shape": (build(["MatMul x w1 -> h", ("Cast k -> f", {"to": 1}), "Mul h f -> r", "Reshape r k -> q", "ReduceSum q -> y"], (1, 4), w1=(4, 3), k=ints(1, 3, 1)), "Reshape goes by its values"),
+    "concatenated with who knows how many": (build([*UNKNOWN, "MatMul m w1 -> h", ("Concat u h -> r", {"axis": 1}), "MatMul r w2 -> y"], (2, 2), w1=(1, C), w2=(C + 4, 6)), "concatenated with an axis of unknown size"),
+    "who knows how many, repeated": (build([*UNKNOWN, "Tile u k -> w1", "MatMul w1 w2 -> y"], (2, 2), k=ints(1, 2), w2=(8, 6)), "repeats an axis of unknown size"),
+    "flattened with who knows how many": (build(["MatMul x w1 -> h", ("Transpose h -> t", {}), ("Flatten t -> f", {"axis": 0}), "MatMul f w2 -> y"], ("n", 4), w1=(4, C), w2=(C, 6)), "none of which can carry channels"),
+    "whether a size equals an unknown one": (
+        build(["MatMul x w1 -> h", "Shape h -> s", "Gather s one -> c", "Gather s zero -> n", "Equal c n -> e", "Where e two five -> q", ("Cast q -> f", {"to": 1}), "Div h f -> r", "MatMul r w2 -> y"], ("n", 4),
+              w1=(4, C), w2=(C, 6), zero=np.int64(0), one=np.int64(1), two=np.int64(2), five=np.int64(5)), "its size is read by Cast",
+    ),
     "a size that is read with unknown ones": (
         build(["MatMul x w1 -> h", "Size h -> n", ("Cast n -> f", {"to": 1}), "Div h f -> r", "MatMul r w2 -> y"], ("n", 4), w1=(4, C), w2=(C, 6)), "its size is read by Cast",
     ),
@@ -63,6 +79,14 @@ def test_what_a_body_reads_cannot_be_cut():
     assert reason(model) == "read or computed by If ('r')"
 
 
+def test_what_a_rule_says_nothing_about_stays():
+    model = build(["MatMul x w1 -> h", ("Quiet h -> r", {"domain": "test.quiet"}), "MatMul r w2 -> y"], (N, 4), w1=(4, C), w2=(C, 6))
+    model.opset_import.append(helper.make_opsetid("test.quiet", 1))
+    register_rule("Quiet", Rule(lambda site: None), "test.quiet")
+    groups = channel_groups(load(model), {"h": (N, C), "r": (N, C), "y": (N, 6)})
+    assert {(group.name, str(group.reason)) for group in groups if group.size == C} == {("w1", "Quiet may need all of it ('r')"), ("r", "None")}
+
+
 def test_a_refused_cut_changes_nothing():
     graph = load(between("Relu h -> r"))
     before = to_model(graph).SerializeToString(deterministic=True)
@@ -72,10 +96,63 @@ def test_a_refused_cut_changes_nothing():
         cut_channels(channels, {inner: range(C)})
     with pytest.raises(PassError, match=r"group 'w2': cannot be cut: a graph output \('y'\)"):
         cut_channels(channels, {outer: [0]})
-    with pytest.raises(PassError, match=f"channels must be from 0 to {C - 1}, got"):
-        cut_channels(channels, {inner: [C]})
+    for wrong in ([C], [-1], [0.5], np.arange(C) > 5):
+        with pytest.raises(PassError, match=f"group 'w1': channels must be numbers from 0 to {C - 1}, got"):
+            cut_channels(channels, {inner: wrong})
+    with pytest.raises(PassError, match="group 'w1': must be one of the groups of the channels given"):
+        cut_channels(find_channels(graph), {inner: [0]})
     assert to_model(graph).SerializeToString(deterministic=True) == before
     cut_channels(channels, {inner: []})
+    assert to_model(graph).SerializeToString(deterministic=True) == before
+
+
+def change_nothing(graph: Graph) -> None:
+    weight(graph, "w1").values = weight(graph, "w1").values + np.float32(1)
+
+
+def drop_a_node(graph: Graph) -> None:
+    relu = next(node for node in graph.nodes if node.op == "Relu")
+    replace_everywhere(graph, relu.outputs[0], relu.inputs[0])
+    remove_dead(graph, [relu])
+
+
+def change_an_attribute(graph: Graph) -> None:
+    graph.nodes[0].attrs["pads"] = [1, 1, 1, 1]
+
+
+def change_a_shape(graph: Graph) -> None:
+    weight(graph, "w2").values = weight(graph, "w2").values[:3]
+
+
+def change_places(graph: Graph) -> None:
+    weight(graph, "k").values = weight(graph, "k").values[::-1]
+
+
+def change_an_output(graph: Graph) -> None:
+    graph.outputs.append(graph.nodes[0].outputs[0])
+
+
+def weight(graph: Graph, name: str) -> Constant:
+    return next(constant for constant in graph.constants if constant.name == name)
+
+
+CHANGES = {
+    change_nothing: None, drop_a_node: "node 'r' changed", change_an_attribute: "node 'h' changed", change_a_shape: "tensor 'w2' changed",
+    change_places: "tensor 'k' changed", change_an_output: "the graph's outputs changed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_channels_of_a_graph_that_was_changed_are_refused(change):
+    graph = load(between("Relu h -> a", ("Gather a k -> r", {"axis": 1}), channels=4, k=ints(5, 1, 3, 0)))
+    channels = find_channels(graph)
+    change(graph)
+    cut = {next(group for group in channels.groups if group.name == "w1"): [0]}
+    if CHANGES[change] is None:
+        cut_channels(channels, cut)
+    before = to_model(graph).SerializeToString(deterministic=True)
+    with pytest.raises(PassError, match=f"{CHANGES[change] or 'changed'}; find them anew"):  # having been cut is a change as well
+        cut_channels(channels, cut)
     assert to_model(graph).SerializeToString(deterministic=True) == before
 
 
@@ -99,6 +176,26 @@ def test_members_and_roles():
     }  # fmt: skip
     assert [member.tensor.name for member in group.members if not member.role] == ["h", "a", "r"]
     assert all(np.array_equal(member.places, np.arange(C)) for member in group.members)
+
+
+@pytest.mark.parametrize(
+    ("lines", "shape", "produces"),
+    [
+        ([("Transpose k -> w1", {})], (C, 4), [0]),
+        ([("Transpose k -> w1", {"perm": [1, 0]})], (C, 4), [0]),
+        ([("Transpose k -> t", {"perm": [2, 0, 1]}), "Reshape t two -> w1"], (2, C, 2), [1]),
+        (["Unsqueeze k one -> u", "Identity u -> i", "Squeeze i one -> w1"], (4, C), [1]),
+        ([("Flatten k -> w1", {})], (4, 3, 4), [1, 2]),
+        ([("Flatten k -> w1", {"axis": 2})], (2, 2, C), [2]),
+    ],
+    ids=["reversed", "transposed", "transposed and reshaped", "unsqueezed and squeezed", "joined columns", "joined rows"],
+)
+def test_roles_of_weights_that_are_moved(lines, shape, produces):
+    model = build([*lines, "MatMul x w1 -> h", "MatMul h w2 -> y"], (N, 4), k=shape, w2=(C, 6), one=ints(1), two=ints(4, C))
+    roles = {(m.tensor.name, m.axis): m.role for group in channel_groups(load(model)) for m in group.weights if group.reason is None}
+    assert {axis for (name, axis), role in roles.items() if name == "k" and role == "produces"} <= set(produces)
+    assert roles["k", produces[0]] == "produces"
+    assert roles["w2", 0] == "consumes"
 
 
 def test_flattened_channels_lie_on_many_places():
@@ -185,6 +282,9 @@ def test_third_parties_add_rules():
     assert rule_of(node) is None
     register_rule("Foo", rule := Rule(lambda site: site.barrier("Foo")), "test.rules")
     assert rule_of(node) is rule
+    register_rule("Foo", rule, "ai.onnx")
+    assert rule_of(Node("Foo", [], [])) is rule
+    del _RULES["", "Foo"]
     assert "Foo" not in ruled_ops()
     assert len(ruled_ops()) > 120
 

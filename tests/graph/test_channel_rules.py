@@ -131,6 +131,24 @@ CASES: dict[str, tuple[Any, dict[str, int]]] = {
     "a size that scales": (
         linear("Shape h -> s", "Gather s two -> n", ("Cast n -> f", {"to": TensorProto.FLOAT}), "Sqrt f -> q", "Div h q -> r", two=np.int64(2)), {"w1": C},
     ),
+    "Gather of several places, all of whose axes are cut": (
+        build(["MatMul x w1 -> h", ("Gather h k -> g", {"axis": 1}), "Conv g w3 -> u", "MatMul h w2 -> y2", "ReduceSum u -> s", "Add y2 s -> y"], (N, 4), w1=(4, C), k=np.array([[0, 9, 4], [-1, 2, 9]]), w3=(5, 2, 1), w2=(C, 6)),
+        {"w1": 7, "g": 2, "w3": 5},
+    ),
+    "Slice by sizes of 32 bits": (
+        linear("Shape h -> s", "Gather s i -> n", "Div n i -> k", ("Cast k -> k32", {"to": TensorProto.INT32}), "Slice h k32 e a -> r", width=6, i=ints(2), e=np.array([C], np.int32), a=np.array([2], np.int32)),
+        {"w1": 6, "w1 2": 6},
+    ),
+    "as many ones as there are channels": (
+        linear("Shape h -> s", "Gather s two -> n", ("ConstantOfShape n -> o", {"value": oracle.value("one", np.ones(1, np.int64))}), ("Cast o -> f", {"to": TensorProto.FLOAT}), "ReduceSum f -> t", "Div h t -> u", "Mul u f -> r", two=ints(2)),
+        {"w1": C},
+    ),
+    "TopK over places": (linear(("TopK h k -> v i", {"axis": -2}), ("Cast i -> f", {"to": TensorProto.FLOAT}), "Mul v f -> r", k=ints(3)), {"w1": C}),
+    "Upsample before opset 9": (between(("Upsample h -> r", {"scales": [1.0, 1.0, 2.0, 2.0]}), opset=7), {"w1": C}),
+    "Resize of some axes": (
+        between(("Resize h . k -> a", {"axes": [2, 3]}), ("Resize a . . s -> r", {"axes": [-1]}), opset=18, k=np.array([2, 1], np.float32), s=ints(7)), {"w1": C},
+    ),
+    "Pad of some axes": (between("Pad h p . a -> r", channels=C + 3, opset=18, p=ints(1, 2, 0, 1), a=ints(-1, 1)), {"w1": C, "r": 3}),
     "Squeeze": (build(["Conv x w1 -> h", "GlobalAveragePool h -> p", "Squeeze p a -> q", "Unsqueeze q b -> u", "Squeeze u b -> r", "MatMul r w2 -> y"], (N, 4, S, S), w1=(C, 4, 1, 1), w2=(C, 6), a=ints(2, 3), b=ints(1)), {"w1": C}),
     "Expand": (between("Reshape s a -> e", "Expand e t -> f", "Mul h f -> r", s=(C,), a=ints(1, C, 1, 1), t=ints(N, C, S, S)), {"w1": C}),
     "ConstantOfShape": (linear("Shape h -> s", "ConstantOfShape s -> z", "Add h z -> r"), {"w1": C}),
