@@ -1,6 +1,7 @@
 """What layers meet on average, as far as the graph alone tells: a channel that was just normalized has a known mean and spread.
 
     BatchNormalization     N(B, scale^2) in each channel      Nagel et al., Data-Free Quantization, arXiv 1906.04721, section 4.2
+    InstanceNormalization  the same, as its input's mean and spread are taken from the very input
     Relu, Clip, ...        f of that: E[relu(x)] = B Phi(B / s) + s phi(B / s)
     x * Sigmoid(x), ...    f of one and the same normalized x, however many nodes it takes
     Add of two             means add; for what comes then, a normal with both variances, as if they were not correlated
@@ -9,54 +10,33 @@
 
 A channel is held as the values that it takes at fixed quantiles z of a standard normal, so every f is applied as it stands. Padding is
 not seen: at the border of a padded Conv the true mean input is smaller than what is said here.
+
+`met_channels` also guesses, where it is asked to, what does not follow from normalizations; `onnxshrink.graph.expected_moments` says how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
 from onnxshrink.graph.elementwise import FUNCTIONS
+from onnxshrink.graph.expected_layers import LAYERS, as_columns, expected_result, fits
+from onnxshrink.graph.expected_values import MOVES, Certainty, Channels, concatenated, padded
 from onnxshrink.graph.ir import Constant, Graph, Node, Tensor
-from onnxshrink.graph.lowering import lowering
+from onnxshrink.graph.lowering import Lowering, lowering
+from onnxshrink.graph.static_shapes import shapes_and_sizes
 from onnxshrink.graph.storage import is_float
-from onnxshrink.graph.views import View, operand_view
 from onnxshrink.graph.weights import Use
+from onnxshrink.numerics.gaussian_moments import QUANTILES, parted
 
-__all__ = ["Expectations", "is_inference"]
+__all__ = ["Expectations", "is_inference", "known_lowering", "met_channels"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_Z = np.linspace(-6.0, 6.0, 121)  # of a function with a kink the mean comes out within 4e-4 of the spread
-_P = np.exp(-0.5 * _Z**2) / np.exp(-0.5 * _Z**2).sum()
-
-
-@dataclass(frozen=True, eq=False)
-class _Channels:
-    """What a tensor holds.
-
-    Attributes:
-        values: float64 [channels, len(_Z)].
-        source: what z is: tensors of one source are functions of the same z.
-        spread: whether they are more than means.
-        pooled: whether there is one position left.
-        flat: whether the channels, each with all its positions, lie along the last of two axes; else along axis 1.
-    """
-
-    values: Array
-    source: object
-    spread: bool = True
-    pooled: bool = False
-    flat: bool = False
-
-    @property
-    def mean(self) -> Array:
-        """float64 [channels]."""
-        mean: Array = self.values @ _P
-        return mean
+_ADDED_ALIKE = 0.3  # correlation of a channel with what is added to it: 0 and 0.3 told apart by 0.2 dB on two residual networks
 
 
 class Expectations:
@@ -68,53 +48,51 @@ class Expectations:
         Args:
             graph: the main graph, its nodes in order; not changed.
         """
-        self._met: dict[int, Array] = {}  # means of the first inputs of layers, by id of the node
         self._nodes = list(graph.nodes)  # keeps the ids
-        held: dict[int, _Channels] = {}
-        readers = {id(tensor): len(tensor.outputs) for node in graph.nodes for tensor in node.outputs}
-        for node in graph.nodes:
-            if node.is_standard and node.op in _LAYERS and (met := held.get(id(node.inputs[0]))) is not None and _fits(node, met):
-                self._met[id(node)] = met.mean
-            if (found := _result(node, held)) is not None:
-                held[id(node.outputs[0])] = found
-            for tensor in node.inputs:  # what nobody will read any more goes
-                readers[id(tensor)] = readers.get(id(tensor), 0) - 1
-                if readers[id(tensor)] == 0:
-                    held.pop(id(tensor), None)
+        self._met = {key: met.mean for key, met in met_channels(graph).items()}
 
     def mean_input(self, use: Use) -> Array | str:
         """Returns the mean of what each column of a weight meets, float64 [groups, columns], or why it is not known, in one line."""
-        node = use.node
-        if node is None or node.op not in _LAYERS or use.operand != 1 or node.attrs.get("transA", 0):
-            return f"{use.op} reads no channels with it"
-        way = lowering(use)
+        way = known_lowering(use)
         if isinstance(way, str):
             return way
-        mean = self._met.get(id(node))
-        if mean is None:
+        mean = self._met.get(id(use.node))
+        if use.node is None or mean is None:
             return "its inputs do not follow from normalized ones"
-        columns = _columns(mean, node, way.groups, way.columns)
+        columns = as_columns(mean, use.node, way.groups, way.columns)
         return f"{mean.size} normalized channels do not fit {way.groups} x {way.columns} columns" if columns is None else columns
 
 
-def _fits(node: Node, met: _Channels) -> bool:
-    """Whether the channels that a layer meets lie along the axis that it sums over."""
-    if node.op == "Gemm":
-        return not node.attrs.get("transA", 0)
-    if node.op == "MatMul":
-        return met.flat or len(getattr(node.inputs[0], "shape", None) or ()) == 2
-    return not met.flat
+def known_lowering(use: Use) -> Lowering | str:
+    """Returns how a weight meets its layer's channels, if it is the weight of a layer that sums over channels, or why not."""
+    node = use.node
+    if node is None or node.op not in LAYERS or use.operand != 1 or node.attrs.get("transA", 0):
+        return f"{use.op} reads no channels with it"
+    return lowering(use)
 
 
-def _columns(mean: Array, node: Node, groups: int, columns: int) -> Array | None:
-    """Returns the mean of what each column of a layer's weight meets, [groups, columns], or None if the channels do not fit."""
-    if not mean.size or mean.size % groups or columns * groups % mean.size:
-        return None
-    times = columns * groups // mean.size  # positions of a kernel, or of an image that was flattened
-    each: Array = np.repeat(mean.reshape(groups, -1), times, axis=1)
-    if node.op == "ConvTranspose":  # zeros between the elements: each position of the kernel meets one of so many
-        each = each / float(np.prod(node.attrs.get("strides") or [1]))
-    return each
+def met_channels(graph: Graph, guess: bool = False) -> dict[int, Channels]:
+    """Returns what the first inputs of layers hold, by the id of the layer's node, where that is known or guessed.
+
+    Args:
+        graph: the main graph, its nodes in order; not changed.
+        guess: whether to go on where spreads are unknown, and to keep track of correlations.
+    """
+    met: dict[int, Channels] = {}
+    walk = _Walk(guess, _computed_pads(graph) if guess else {})
+    held = walk.held
+    readers = {id(tensor): len(tensor.outputs) for node in graph.nodes for tensor in node.outputs}
+    for node in graph.nodes:
+        if node.is_standard and node.op in LAYERS and (read := held.get(id(node.inputs[0]))) is not None and fits(node, read):
+            met[id(node)] = read
+        found = _result(node, walk)
+        if found is not None and (guess or found.certainty > Certainty.GUESS):
+            held[id(node.outputs[0])] = found
+        for tensor in node.inputs:  # what nobody will read any more goes
+            readers[id(tensor)] = readers.get(id(tensor), 0) - 1
+            if readers[id(tensor)] == 0:
+                held.pop(id(tensor), None)
+    return met
 
 
 def is_inference(norm: Node) -> bool:
@@ -128,63 +106,79 @@ def is_inference(norm: Node) -> bool:
     return norm.is_standard and norm.op == "BatchNormalization" and plain and not training and norm.attrs.get("spatial", 1) == 1
 
 
-def _result(node: Node, held: dict[int, _Channels]) -> _Channels | None:
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """A walk along the nodes.
+
+    Attributes:
+        guess: whether to go on where spreads are unknown.
+        pads: what is computed from sizes alone, by id of the tensor.
+        held: what tensors hold, by id, as long as a node to come reads them.
+    """
+
+    guess: bool
+    pads: Mapping[int, Array]
+    held: dict[int, Channels] = field(default_factory=dict)
+
+
+def _computed_pads(graph: Graph) -> dict[int, Array]:
+    """Returns the values of pads that are computed from sizes, by id of the tensor."""
+    given = [node.inputs[1] for node in graph.nodes if node.is_standard and node.op == "Pad" and len(node.inputs) > 1]
+    if all(isinstance(tensor, Constant) for tensor in given):
+        return {}
+    _, sizes = shapes_and_sizes(graph)
+    known = {id(tensor): sizes[id(tensor)].values for tensor in given if id(tensor) in sizes}
+    return {key: values for key, values in known.items() if values is not None}
+
+
+def _result(node: Node, walk: _Walk) -> Channels | None:
     """Returns what the first output of a node holds, or None."""
     if not node.is_standard or not node.inputs or not node.outputs:
         return None
-    if node.op == "BatchNormalization":
-        return _normalized(node)
+    if any(isinstance(value, onnx.AttributeProto) for value in node.attrs.values()):
+        return None
+    held, guess = walk.held, walk.guess
+    found = held.get(id(node.inputs[0]))
+    if node.op in _NORMALIZATIONS:
+        return _normalized(node, found)
     if node.op in _BINARY and len(node.inputs) == 2:
-        return _binary(node, held)
+        return _binary(node, held, guess)
     if node.op == "Concat":
         return _concat(node, held)
-    if node.op in _LAYERS:
-        return _layer(node, held)
-    found = held.get(id(node.inputs[0]))
-    if found is None or any(isinstance(value, onnx.AttributeProto) for value in node.attrs.values()):
+    if node.op in LAYERS:
+        return expected_result(node, found, guess)
+    if found is None:
         return None
     if node.op in FUNCTIONS:
-        values = FUNCTIONS[node.op](found.values, node) if found.spread else None
-        return None if values is None else replace(found, values=values)
-    return _MOVES[node.op](found, node) if node.op in _MOVES else None
+        certainty = Certainty.SPREADS if found.certainty == Certainty.SPREADS else Certainty.GUESS
+        values = FUNCTIONS[node.op](found.values, node)
+        return None if values is None or not np.isfinite(values).all() else replace(found, values=values, certainty=certainty)
+    if node.op == "Pad":
+        return padded(found, node, walk.pads.get(id(node.inputs[1])) if len(node.inputs) > 1 else None)
+    return MOVES[node.op](found, node) if node.op in MOVES else None
 
 
-def _normalized(node: Node) -> _Channels | None:
-    scale, shift = node.inputs[1:3]
-    if not is_inference(node) or not isinstance(scale, Constant) or not isinstance(shift, Constant) or not is_float(scale.dtype):
+def _normalized(node: Node, found: Channels | None) -> Channels | None:
+    """Returns normal channels; how they are correlated is seen before the normalization."""
+    scale, shift = node.inputs[1:3] if len(node.inputs) > 2 else (None, None)
+    if not isinstance(scale, Constant) or not isinstance(shift, Constant) or not is_float(scale.dtype) or scale.size != shift.size:
+        return None
+    layer = node.op == "LayerNormalization"  # of a sample at a time: what a channel does over samples is a guess
+    if (node.op == "BatchNormalization" and not is_inference(node)) or (layer and node.attrs.get("axis", -1) != -1):
         return None
     spread, centre = (tensor.values.astype(np.float64).reshape(-1, 1) for tensor in (scale, shift))
-    values = centre + spread * _Z
-    return _Channels(values, node) if np.isfinite(values).all() else None
-
-
-def _layer(node: Node, held: dict[int, _Channels]) -> _Channels | None:
-    """Returns the means of what a layer with constant weight and bias computes."""
-    met, (weight, *rest) = held.get(id(node.inputs[0])), node.inputs[1:]
-    bias = next((tensor for tensor in rest if tensor.name), None)
-    plain = node.attrs.get("alpha", 1.0) == 1.0 == node.attrs.get("beta", 1.0)
-    if met is None or not _fits(node, met) or not plain or not isinstance(weight, Constant) or not is_float(weight.dtype):
+    values = centre + spread * QUANTILES
+    if not np.isfinite(values).all():
         return None
-    view = operand_view(View((weight.shape,)), node, 1)
-    groups = int(node.attrs.get("group", 1))
-    columns = _columns(met.mean, node, groups, view.shape[1]) if view is not None else None
-    is_matrix = weight.shape[2:] == () or node.op in ("Conv", "ConvTranspose")
-    if view is None or columns is None or not is_matrix or (bias is not None and not isinstance(bias, Constant)):
-        return None
-    rows = view.forward(weight.values).astype(np.float64)
-    means = np.concatenate([part @ mean for part, mean in zip(np.split(rows, groups), columns, strict=True)])
-    if isinstance(bias, Constant):
-        if bias.size != means.size or bias.shape[-1:] != (means.size,):
-            return None
-        means = means + bias.values.astype(np.float64).reshape(-1)
-    if not np.isfinite(means).all():
-        return None
-    flat, one = node.op in ("Gemm", "MatMul"), met.pooled and all(side == 1 for side in weight.shape[2:])
-    return _Channels(np.repeat(means[:, None], len(_Z), axis=1), node, spread=False, pooled=one, flat=flat)
+    certainty = Certainty.GUESS if layer else Certainty.SPREADS
+    if found is None or len(found.values) != len(values) or (layer and not (found.flat or found.last)):
+        return Channels(values, node, certainty, last=layer)
+    related = None if found.related is None else parted(found.covariance)[1]
+    return Channels(values, node, certainty, related, found.pooled, found.flat, found.last)
 
 
-def _binary(node: Node, held: dict[int, _Channels]) -> _Channels | None:
-    """Returns a sum or product of two tensors, one of them perhaps constant for each channel."""
+def _binary(node: Node, held: dict[int, Channels], guess: bool) -> Channels | None:
+    """Returns a sum, product or the like of two tensors, one of them perhaps constant for each channel."""
     known = [held.get(id(tensor)) for tensor in node.inputs]
     left, right = known
     one = left or right
@@ -195,93 +189,66 @@ def _binary(node: Node, held: dict[int, _Channels]) -> _Channels | None:
             other = _constant(node.inputs[0 if left is None else 1], one)
             if other is None:
                 return None
-            if node.op == "Div" and left is None and not one.spread:  # 1 / x is no linear function
+            if one.certainty < Certainty.SPREADS and node.op not in _LINEAR and not (guess and node.op in _TAME):
+                return None
+            if node.op == "Div" and left is None and one.certainty < Certainty.SPREADS:  # 1 / x is no linear function
                 return None
             operands = [other if part is None else part.values for part in known]
-            values = _BINARY[node.op](*operands)
-        elif left.values.shape != right.values.shape or (left.flat, left.pooled) != (right.flat, right.pooled):
-            return None
-        elif left.source is right.source and left.spread and right.spread:
-            values = _BINARY[node.op](left.values, right.values)
-        elif node.op in ("Add", "Sub"):
-            variance = sum((np.square(part.values) @ _P - part.mean**2 for part in (left, right)), np.zeros(len(left.values)))
-            centre = _BINARY[node.op](left.mean, right.mean)
-            values = centre[:, None] + np.sqrt(np.maximum(variance, 0.0))[:, None] * _Z
-            return _Channels(values, node, left.spread and right.spread, left.pooled, left.flat)
+            found = replace(one, values=_BINARY[node.op](*operands))
         else:
+            both = _of_two(node, left, right, guess)
+            if both is None:
+                return None
+            found = both
+    return found if np.isfinite(found.values).all() else None
+
+
+def _of_two(node: Node, left: Channels, right: Channels, guess: bool) -> Channels | None:
+    certainty = min(left.certainty, right.certainty)
+    if left.values.shape != right.values.shape:
+        return None
+    if left.lie != right.lie:
+        gate, gated = (left, right) if left.pooled else (right, left)
+        if node.op != "Mul" or not guess or gated.pooled or gate.lie != (False, False, True):
             return None
-    return replace(one, values=values) if np.isfinite(values).all() else None
+        return replace(gated, values=gated.values * gate.mean[:, None], certainty=Certainty.GUESS)
+    if left.source is right.source and (certainty == Certainty.SPREADS or (guess and node.op in _TAME)):
+        return replace(left, values=_BINARY[node.op](left.values, right.values), certainty=certainty)
+    if node.op not in ("Add", "Sub"):
+        return None
+    centre, variance = _BINARY[node.op](left.mean, right.mean), left.variance + right.variance
+    related = None
+    if guess and certainty < Certainty.SPREADS:
+        variance = variance + 2 * _ADDED_ALIKE * np.sqrt(left.variance * right.variance)
+    if left.related is not None or right.related is not None:
+        total = left.covariance + right.covariance
+        np.fill_diagonal(total, variance)
+        related = parted(total)[1]
+    values = centre[:, None] + np.sqrt(variance)[:, None] * QUANTILES
+    return Channels(values, node, certainty, related, left.pooled, left.flat, left.last)
 
 
-def _constant(tensor: Tensor, beside: _Channels) -> Array | None:
+def _constant(tensor: Tensor, beside: Channels) -> Array | None:
     """Returns a constant operand as [1 or channels, 1], or None if it is none, or differs within a channel."""
     if not isinstance(tensor, Constant) or not is_float(tensor.dtype):
         return None
     channels = len(beside.values)
-    if tensor.size != 1 and (beside.flat or tensor.shape not in ((channels, 1, 1), (1, channels, 1, 1))):
+    shapes = {(channels,), (1, channels), (1, 1, channels)} if beside.flat or beside.last else {(channels, 1, 1), (1, channels, 1, 1)}
+    if tensor.size != 1 and tensor.shape not in shapes:
         return None
     return tensor.values.astype(np.float64).reshape(-1, 1)
 
 
-def _concat(node: Node, held: dict[int, _Channels]) -> _Channels | None:
+def _concat(node: Node, held: dict[int, Channels]) -> Channels | None:
     parts = [held.get(id(tensor)) for tensor in node.inputs]
-    found = [part for part in parts if part is not None and not part.flat]
+    found = [part for part in parts if part is not None and not part.flat and not part.last]
     if node.attrs.get("axis") != 1 or len(found) != len(parts):
         return None
-    spread, pooled = all(part.spread for part in found), all(part.pooled for part in found)
-    return _Channels(np.concatenate([part.values for part in found]), node, spread, pooled)
+    return concatenated(found, node)
 
 
-def _flatten(found: _Channels, node: Node) -> _Channels | None:
-    return replace(found, flat=True) if node.attrs.get("axis", 1) == 1 else None
-
-
-def _reshape(found: _Channels, node: Node) -> _Channels | None:
-    """Returns what [samples, everything else] holds, or None for other shapes."""
-    target = node.inputs[1] if len(node.inputs) > 1 else None
-    if not isinstance(target, Constant) or target.size != 2:
-        return None
-    samples, rest = (int(dim) for dim in target.values.reshape(-1))
-    fits = rest == -1 or samples == 0 or (found.pooled and rest == len(found.values))
-    return replace(found, flat=True) if fits else None
-
-
-def _squeeze(found: _Channels, node: Node) -> _Channels | None:
-    axes = _axes(node)
-    leaves_two = found.pooled and not found.flat and axes is not None and not {0, 1} & axes
-    return replace(found, flat=True) if leaves_two and len(axes or ()) == 2 else None
-
-
-def _reduce_mean(found: _Channels, node: Node) -> _Channels | None:
-    axes = _axes(node)
-    if found.flat or axes not in ({2, 3}, {-1, -2}):
-        return None
-    keeps = bool(node.attrs.get("keepdims", 1))
-    return replace(found, pooled=True, flat=not keeps)
-
-
-def _axes(node: Node) -> set[int] | None:
-    """Returns the axes of a node, an attribute or, from opset 13 or 18 on, an input; None where they are not given."""
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if isinstance(given, Constant):
-        return {int(axis) for axis in given.values.reshape(-1)}
-    axes = node.attrs.get("axes")
-    return None if axes is None else {int(axis) for axis in axes}
-
-
-def _same(found: _Channels, _: Node) -> _Channels:
-    return found
-
-
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
-_MOVES: dict[str, Callable[[_Channels, Node], _Channels | None]] = {
-    "AveragePool": _same,
-    "Dropout": _same,
-    "Flatten": _flatten,
-    "GlobalAveragePool": lambda found, _: replace(found, pooled=True),
-    "Identity": _same,
-    "ReduceMean": _reduce_mean,
-    "Reshape": _reshape,
-    "Squeeze": _squeeze,
-}
+_BINARY |= {"Max": np.maximum, "Min": np.minimum}
+_NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization")
+_LINEAR = ("Add", "Sub", "Mul", "Div")
+_TAME = ("Add", "Sub", "Mul", "Max", "Min")  # which no value near zero throws off

@@ -303,4 +303,4 @@ def test_real_models(name, tell):
     for seed in range(2):
         error, cut, channels = cut_and_compare(model, feeds=feeds, seed=seed, outer=seed != 1, share=0.5)
         assert error < 3e-6
-    tell(f"channels of {name}: {sum(channels.values())} of {len(channels)} groups cut, {model.ByteSize()} -> {cut.ByteSize()} bytes, off by {error:.1e}")
+    tell(f"channels of {name}: {sum(channels.values())} channels of {len(channels)} groups cut, {model.ByteSize()} -> {cut.ByteSize()} bytes, off by {error:.1e}")
