@@ -22,10 +22,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +34,13 @@ from onnxshrink.graph.edit import NameSource
 from onnxshrink.graph.excerpt import tensors_by_name
 from onnxshrink.graph.ir import Constant, Graph, Node, Variable
 from onnxshrink.graph.lowering import Lowering
+from onnxshrink.graph.residuals import summands
 from onnxshrink.graph.sources import Lowerings, Running, lowered, named, running_order, twin_lowerings
 from onnxshrink.graph.weights import Weight
 from onnxshrink.inputs import Samples
-from onnxshrink.numerics.gram import Gram, GramSum, PairedGram, PairedGramSum
+from onnxshrink.numerics.gram import Gram, GramSum, PairedGram
 from onnxshrink.options import did_you_mean
+from onnxshrink.pairing import PairedSums, Pairing
 from onnxshrink.relay import Portion, Relay
 
 __all__ = ["Calibration"]
@@ -46,7 +48,6 @@ __all__ = ["Calibration"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, leave no large gap (Steinhaus's three-gap theorem)
 _LEAST_SAMPLES, _ENOUGH_POSITIONS = 64, 64  # positions for each column
-_Moments = TypeVar("_Moments", Gram, PairedGram)
 
 
 class Calibration:
@@ -111,20 +112,28 @@ class Calibration:
         found = lowered(graph, weights)
         running = named(graph, (ways for _, ways in found))
         jobs = running_order(graph, found)
-        sizes = functools.cache(lambda: self._activation_bytes(running))
-        groups = list(_groups(running, list(jobs), GramSum.nbytes, sizes, self._memory))
-        relay = self._relay(running, groups, [()] * len(groups), self._mixed(), self._memory)
+        sizes = functools.cache(lambda: self._activation_bytes(running.graph, set(running.names.values())))
+
+        def needs(job: Lowerings) -> dict[object, int]:
+            sums: dict[object, int] = {one: GramSum.nbytes(one.groups, one.columns) for one in job}
+            return {**sums, **{name: sizes()[name] for name in running.wanted(job)}}
+
+        groups = list(_groups(list(jobs), needs, self._memory))
+        names = [running.wanted(one for ways in group for one in ways) for group in groups]
+        relay = self._relay(running.graph, names, [()] * len(groups), self._mixed(), self._memory)
         for number, group in enumerate(groups):
             moments = self._sums(running, group, relay, number)
-            yield from _by_weight(jobs, group, moments)
+            for ways in group:
+                total = reduce(add, [moments[one] for one in ways])
+                yield from ((weight, total) for weight in jobs[ways])
             del moments  # before the next are made
 
     def paired_grams(
         self, graph: Graph, original: Graph, stages: Sequence[Sequence[Weight]]
     ) -> Iterator[list[tuple[Weight, PairedGram]]]:
-        """Yields the moments of what weights are multiplied with, with those of what they met in the original.
+        """Yields the moments of what weights are multiplied with, and of what the outputs of their layers lack (`onnxshrink.pairing`).
 
-        Both graphs run on all samples, side by side; sharing is as for `grams`. A stage whose moments do not fit in memory
+        Both graphs run on all samples, side by side. A stage whose moments do not fit in memory
         together comes in several portions.
 
         Args:
@@ -146,48 +155,51 @@ class Calibration:
         twins = twin_lowerings(every, original)
         now = named(graph, (ways for _, ways in every), in_place=True)
         before = named(original, [tuple(twins.values())])
+        pairing = Pairing(now, before, twins, summands(graph, stages))
         orders = [running_order(graph, stage) for stage in found]
-        sizes, half = functools.cache(lambda: self._activation_bytes(now)), self._memory // 2
-        portions = [
-            (jobs, group) for jobs in orders for group in _groups(now, list(jobs), PairedGramSum.nbytes, sizes, half)
-        ]
+        names = {name for jobs in orders for name in pairing.wanted(list(jobs), jobs)[0]}
+        sizes, half = functools.cache(lambda: self._activation_bytes(graph, names)), self._memory // 2
+        portions: list[tuple[dict[Lowerings, list[Weight]], list[Lowerings]]] = []
+        for jobs in orders:
+
+            def needs(job: Lowerings, jobs: dict[Lowerings, list[Weight]] = jobs) -> dict[object, int]:
+                return {**pairing.nbytes(job, jobs), **{name: sizes()[name] for name in pairing.wanted([job], jobs)[0]}}
+
+            portions += [(jobs, group) for group in _groups(list(jobs), needs, half)]
+        data = _read_once(self._mixed())
         changed = [[weight.constant for ways in group for weight in jobs[ways]] for jobs, group in portions]
-        groups, data = [group for _, group in portions], _read_once(self._mixed())
-        mine = self._relay(now, groups, changed, data, half)
-        others = [[tuple(twins[one] for one in ways) for ways in group] for group in groups]
-        theirs = self._relay(before, others, [()] * len(groups), data, half)
+        asked = [pairing.wanted(group, jobs) for jobs, group in portions]
+        mine = self._relay(graph, [names for names, _ in asked], changed, data, half)
+        theirs = self._relay(before.graph, [names for _, names in asked], [()] * len(asked), data, half)
         for number, (jobs, group) in enumerate(portions):
-            moments = self._paired_sums((now, before), twins, group, (mine, theirs), number)
-            yield list(_by_weight(jobs, group, moments))
-            del moments  # before the next are made
+            yield self._paired_sums(PairedSums(pairing, group, jobs), (mine, theirs), number)
 
     def _relay(
         self,
-        running: Running,
-        groups: Sequence[Sequence[Lowerings]],
+        graph: Graph,
+        names: Sequence[Sequence[str]],
         changed: Sequence[Sequence[Constant]],
         data: Samples,
         memory: int,
     ) -> Relay:
-        names = [running.wanted(one for ways in group for one in ways) for group in groups]
         portions = [Portion(*portion) for portion in zip(names, changed, strict=True)]
-        return Relay(running.graph, portions, data, self._threads, memory)
+        return Relay(graph, portions, data, self._threads, memory)
 
-    def _activation_bytes(self, running: Running) -> dict[str, int]:
-        """Returns the bytes of the sources by name, of float32 elements, from the shapes that they have in the first sample."""
-        copy, fresh = running.graph.copy(), NameSource(running.graph)
+    def _activation_bytes(self, graph: Graph, names: Collection[str]) -> dict[str, int]:
+        """Returns the bytes of tensors by name, of float32 elements, from the shapes that they have in the first sample."""
+        copy, fresh = graph.copy(), NameSource(graph)
         known = tensors_by_name(copy)
         shapes: dict[str, str] = {}
-        for name in running.names.values():
+        for name in names:
             tensor = known[name]
             if isinstance(tensor, Variable) and tensor.inputs:  # inputs and constants are in memory anyway
                 shapes[name] = fresh.fresh(f"{name}_shape")
                 copy.nodes.append(Node("Shape", [tensor], [Variable(shapes[name])]))
         first = next(self.samples(copy, list(shapes.values())), None) if shapes else None
         if first is None:
-            return dict.fromkeys(running.names.values(), 0)
+            return dict.fromkeys(names, 0)
         sizes = {name: 4 * math.prod(first[shape].tolist()) for name, shape in shapes.items()}
-        return {name: sizes.get(name, 0) for name in running.names.values()}
+        return {name: sizes.get(name, 0) for name in names}
 
     def _sums(self, running: Running, group: Iterable[Lowerings], relay: Relay, number: int) -> dict[Lowering, Gram]:
         """Returns the moments of all lowerings of a group, from a run over the samples, or as many as it takes."""
@@ -204,31 +216,17 @@ class Calibration:
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
 
-    def _paired_sums(
-        self,
-        running: tuple[Running, Running],
-        twins: Mapping[Lowering, Lowering],
-        group: Iterable[Lowerings],
-        relays: tuple[Relay, Relay],
-        number: int,
-    ) -> dict[Lowering, PairedGram]:
-        """Returns the moments of all lowerings of a group, from a run of both graphs over the samples, or as many as it takes."""
-        now, before = running
-        sums = {one: PairedGramSum(now.title(one), one.groups, one.columns) for job in group for one in job}
+    def _paired_sums(self, sums: PairedSums, relays: tuple[Relay, Relay], number: int) -> list[tuple[Weight, PairedGram]]:
+        """Returns the moments of a group, from a run of both graphs over the samples, or as many as it takes."""
         runs = zip(*(relay.values(number) for relay in relays), strict=True)
         for done, (values, originals) in enumerate(runs):
-            if _suffices(done, sums.values()):
-                if not any(relay.hands_on for relay in relays):
-                    break
-                continue
-            for one, total in sums.items():
-                mine, theirs = now.values(one, values), before.values(twins[one], originals)
-                _check_shapes(now.title(one), mine.values(), theirs.values())
+            if not _suffices(done, sums.grams.values()):
                 with _refusals():
-                    for chunk, original in zip(one.chunks(mine), twins[one].chunks(theirs), strict=True):
-                        total.add(original, chunk)
+                    sums.add(values, originals)
+            elif not any(relay.hands_on for relay in relays):
+                break
         with _refusals():
-            return {one: total.result() for one, total in sums.items()}
+            return sums.result()
 
     def _mixed(self) -> Samples:
         """Returns the samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
@@ -236,36 +234,22 @@ class Calibration:
 
 
 def _groups(
-    running: Running,
-    jobs: list[Lowerings],
-    nbytes: Callable[[int, int], int],
-    activation_bytes: Callable[[], Mapping[str, int]],
-    memory: int,
+    jobs: list[Lowerings], needs: Callable[[Lowerings], Mapping[object, int]], memory: int
 ) -> Iterator[list[Lowerings]]:
-    """Yields the jobs in groups whose sums, of f(groups, columns) bytes each, fit in memory with the activations by name."""
+    """Yields the jobs in groups that need no more than memory: bytes, by what jobs may share."""
     if len(jobs) < 2:
         yield from [jobs] if jobs else []
         return
     group: list[Lowerings] = []
-    held: dict[Lowering | str, int] = {}
+    held: dict[object, int] = {}
     for job in jobs:
-        needs: dict[Lowering | str, int] = {one: nbytes(one.groups, one.columns) for one in job}
-        needs.update((name, activation_bytes()[name]) for name in running.wanted(job))
-        if group and sum((held | needs).values()) > memory:
+        needed = needs(job)
+        if group and sum({**held, **needed}.values()) > memory:
             yield group
             group, held = [], {}
         group.append(job)
-        held |= needs
+        held.update(needed)
     yield group
-
-
-def _by_weight(
-    jobs: Mapping[Lowerings, list[Weight]], group: Iterable[Lowerings], found: Mapping[Lowering, _Moments]
-) -> Iterator[tuple[Weight, _Moments]]:
-    """Yields the weights of a group with their moments, summed over the places where they are used."""
-    for ways in group:
-        moments = reduce(add, [found[one] for one in ways])
-        yield from ((weight, moments) for weight in jobs[ways])
 
 
 def _read_once(data: Samples) -> Samples:
@@ -275,21 +259,13 @@ def _read_once(data: Samples) -> Samples:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns what sums refuse, activations that are not finite, into a `ValidationError`."""
+    """Turns what sums refuse, activations that are not finite or not comparable, into a `ValidationError`."""
     try:
         yield
     except ValueError as error:
         raise ValidationError(f"calibration: {error}") from None
 
 
-def _suffices(samples: int, sums: Iterable[GramSum | PairedGramSum]) -> bool:
+def _suffices(samples: int, sums: Iterable[GramSum]) -> bool:
     """Whether more samples would cost time and hardly change the moments."""
     return samples >= _LEAST_SAMPLES and all(total.positions_per_column >= _ENOUGH_POSITIONS for total in sums)
-
-
-def _check_shapes(title: str, values: Iterable[Array], originals: Iterable[Array]) -> None:
-    """Refuses activations that have other shapes than in the original: their positions would not be the same ones."""
-    for value, original in zip(values, originals, strict=True):
-        if value.shape != original.shape:
-            shapes = f"shape {list(original.shape)} in the original and {list(value.shape)} in its copy"
-            raise ValidationError(f"calibration: {title} has {shapes}: they cannot be compared position by position")

@@ -114,7 +114,7 @@ def mask(graph: Graph, gone: Mapping[Candidate, Array], context: Context) -> tup
     Args:
         graph: the main graph; not changed.
         gone: the channels of each group that go.
-        context: with activations where the rest is to be solved again.
+        context: with activations to solve the rest again; without, by what the weights before a layer let expect of its inputs.
 
     Raises:
         ValidationError: the model does not run on the calibration inputs, or an activation is not finite.
@@ -132,7 +132,7 @@ def mask(graph: Graph, gone: Mapping[Candidate, Array], context: Context) -> tup
         values[weight.site] = _stored(weight, _masked(wanted, grams, kept[weight.site]))
         return weight.layout.forward(values[weight.site]).astype(np.float64)
 
-    return values, rewrite_in_turn(graph, list(readers.values()), rewrite, context)
+    return values, rewrite_in_turn(graph, list(readers.values()), rewrite, context, guess=True)
 
 
 def _silenced(graph: Graph, candidate: Candidate, gone: Array) -> dict[str, Array]:

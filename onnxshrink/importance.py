@@ -38,8 +38,8 @@ def channel_scores(graph: Graph, found: Sequence[Candidate], criterion: ChannelC
     """Returns for each group the score of every channel, float64 [channels], not negative; what scores least goes first.
 
     By ``reconstruction`` a score is a squared error relative to the squared outputs of the layers that read the channel, summed over
-    them; by others the scores of a group add up to 1, or are those of LAMP. Where inputs of layers are not known, or a group has no
-    normalization, l2 stands in.
+    them, and without calibration data what weights before a layer let expect of its inputs; by others the scores of a group add up to 1, or
+    are those of LAMP. Where inputs of layers are not known, or a group has no normalization, l2 stands in.
 
     Args:
         graph: the main graph; not changed.
@@ -47,7 +47,7 @@ def channel_scores(graph: Graph, found: Sequence[Candidate], criterion: ChannelC
         criterion: one of the above.
         context: for activations and randomness.
     """
-    if criterion in ("reconstruction", "activation") and context.activations is not None:
+    if criterion == "reconstruction" or (criterion == "activation" and context.activations is not None):
         return _by_inputs(graph, found, criterion, context)
     if criterion == "random":
         return [context.rng(candidate.group.name).random(candidate.group.size) for candidate in found]
@@ -66,7 +66,7 @@ def _by_inputs(graph: Graph, found: Sequence[Candidate], criterion: ChannelCrite
     readers = {reader.weight.site: reader.weight for jobs in of.values() for _, reader in jobs}
     rule = _missed if criterion == "reconstruction" else _energy
     done = 0
-    for weight, grams in with_grams(graph, list(readers.values()), context):
+    for weight, grams in with_grams(graph, list(readers.values()), context, guess=True):
         for index, reader in of[weight.site]:
             scores[index] += rule(reader, grams, len(scores[index]))
         context.progress(done := done + 1, len(readers))

@@ -7,15 +7,16 @@ these would take too much memory, the next portion starts from the inputs again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onnxshrink.errors import ValidationError
-from onnxshrink.graph.excerpt import excerpt, needed, reads, tensors_by_name
+from onnxshrink.graph.excerpt import excerpt, needed, tensors_by_name
 from onnxshrink.graph.ir import Constant, Graph, Tensor
+from onnxshrink.graph.residuals import last_changes
 from onnxshrink.inputs import Samples
 from onnxshrink.runtime import session
 
@@ -63,7 +64,7 @@ class Relay:
         self._threads = threads
         self._memory = memory
         self._known = tensors_by_name(graph)
-        self._changes = _changes(graph, portions)
+        self._changes = last_changes(graph, [portion.changed for portion in portions])
         self._done: set[int] = set()  # ids of tensors that are known for good, as far as what is held goes
         self.hands_on = False
         self._held: list[dict[str, Array]] = []  # by sample, or empty: then everything starts from the inputs
@@ -80,24 +81,18 @@ class Relay:
             ValidationError: the graph does not run, or a name is no tensor.
         """
         wanted = [self._known[name] for name in self._portions[number].names]
-        start = self._start(wanted)
         done = self._done | self._reached(wanted, number)
         handed_on = self._handed_on(done, number)
         held, self._held, self._done = self._held, [], set()
         kept: list[dict[str, Array]] = []
         self.hands_on = bool(handed_on)
-        for values in self._run(wanted, handed_on, start, held):
+        for values in self._run(wanted, handed_on, held):
             if self.hands_on:
                 kept.append({name: values[name] for name in handed_on if name in values})
                 self.hands_on = self._fits(kept[0], handed_on)
             yield {tensor.name: values[tensor.name] for tensor in wanted}
         if self.hands_on and len(kept) == len(self._data):
             self._held, self._done = kept, done
-
-    def _start(self, wanted: Sequence[Tensor]) -> list[str]:
-        """Returns which of the held tensors a portion starts from."""
-        _, tensors = needed(wanted, stop=self._done)
-        return [name for name in (self._held[0] if self._held else ()) if id(self._known[name]) in tensors]
 
     def _reached(self, wanted: Sequence[Tensor], number: int) -> set[int]:
         """Returns the tensors that are computed on the way to a portion's and that it does not change."""
@@ -112,7 +107,7 @@ class Relay:
         return [name for name, tensor in self._known.items() if id(tensor) in tensors & done]
 
     def _run(
-        self, wanted: Sequence[Tensor], handed_on: Sequence[str], start: Sequence[str], held: list[dict[str, Array]]
+        self, wanted: Sequence[Tensor], handed_on: Sequence[str], held: list[dict[str, Array]]
     ) -> Iterator[dict[str, Array]]:
         """Yields the values of tensors, known or computed, by name; those of ``handed_on`` where they are tensors."""
         constants = {tensor.name: tensor.values for tensor in wanted if isinstance(tensor, Constant)}
@@ -123,6 +118,7 @@ class Relay:
             for index, feeds in enumerate(self._data):
                 yield {**constants, **feeds, **_taken(held, index)}
             return
+        start = self._start(computed, held[0] if held else {})
         dtypes = {name: held[0][name].dtype for name in start}
         with session(excerpt(self._graph, computed, dtypes), self._threads) as running:
             for index, feeds in enumerate(self._data):
@@ -133,6 +129,11 @@ class Relay:
                 if missing:
                     raise ValidationError(f"calibration: '{min(missing)}' has no value: it is not a tensor")
                 yield values
+
+    def _start(self, computed: Sequence[str], held: Collection[str]) -> list[str]:
+        """Returns those of the held tensors that others are computed from: ONNX Runtime refuses inputs that a graph does not have."""
+        _, tensors = needed((self._known[name] for name in computed), stop={id(self._known[name]) for name in held})
+        return [name for name in held if id(self._known[name]) in tensors]
 
     def _fits(self, first: dict[str, Array], handed_on: Sequence[str]) -> bool:
         """Whether what one sample hands on is all tensors, and there is memory for that of all samples."""
@@ -145,14 +146,3 @@ def _taken(held: list[dict[str, Array]], index: int) -> dict[str, Array]:
         return {}
     values, held[index] = held[index], {}
     return values
-
-
-def _changes(graph: Graph, portions: Sequence[Portion]) -> dict[int, int]:
-    """Returns for each node, by id, the last portion that changes what it computes; -1 if none does."""
-    last = {id(constant): number for number, portion in enumerate(portions) for constant in portion.changed}
-    nodes: dict[int, int] = {}
-    for node in graph.nodes:  # in topological order
-        nodes[id(node)] = max((last.get(id(tensor), -1) for tensor in reads(node)), default=-1)
-        for tensor in node.outputs:
-            last[id(tensor)] = nodes[id(node)]
-    return nodes

@@ -3,13 +3,16 @@
 Layers that do not depend on each other make a stage. They are rewritten with the inputs that the layers before, rewritten already,
 give them, and against what the ORIGINAL computes:
 
-    1. wanted = W + W (C - H') (H' + r I)^-1     the weights that give the original's outputs from the inputs as they are now
-    2. rewrite(wanted, H')                       whatever a pass makes of them, with error feedback if it likes
-    3. bias += n / (n + 2) (W mean(x) - W' mean(x'))    so that the mean output of each channel stays, as far as n inputs tell
+    1. wanted = W + E (H' + r I)^-1            the weights that give the original's outputs from the inputs as they are now
+    2. rewrite(wanted, H')                     whatever a pass makes of them, with error feedback if it likes
+    3. bias += n / (n + 2) (mean(e) - (W' - W) mean(x'))    so that the mean output of each channel stays, as far as n inputs tell
 
-with H' = X'^T X' and C = X^T X' over the calibration inputs, X the inputs of the original's layer and X' those of now.
+with H' = sum of x' x'^T and E = sum of e x'^T over the calibration inputs, x' what a layer meets now, e what the output that it has
+now lacks of the original's. Where it goes nowhere but into a sum, e is what the sum lacks as far as that is known: the branches of a
+residual network make up for what has gone wrong on the way around them (`onnxshrink.graph.residuals`).
 Layers whose inputs are not known (in bodies of If and Loop, or read by Gather) are rewritten as they are. Where there is no calibration
-data, only 3 is left, n without bound: mean(x) follows from normalizations before a layer (`onnxshrink.graph.expectations`). A Conv without
+data, only 3 is left, n without bound: mean(x) follows from normalizations before a layer (`onnxshrink.graph.expectations`); and H, where
+a guess will do, from the weights before it (`onnxshrink.graph.expected_moments`). A Conv without
 a bias whose output is normalized has one in the normalization's running mean, which is subtracted.
 """
 
@@ -27,12 +30,13 @@ from onnxshrink.contract import Context
 from onnxshrink.graph.edit import set_values
 from onnxshrink.graph.excerpt import reads
 from onnxshrink.graph.expectations import Expectations, is_inference
+from onnxshrink.graph.expected_moments import ExpectedMoments
 from onnxshrink.graph.ir import Constant, Graph, Tensor
 from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Use, Weight
 from onnxshrink.graph.weights import weights as weights_of
 from onnxshrink.numerics.feedback import retarget
-from onnxshrink.numerics.gram import PairedGram
+from onnxshrink.numerics.gram import Gram, PairedGram
 
 __all__ = ["Repaired", "Rewrite", "rewrite_in_turn", "with_grams"]
 
@@ -58,7 +62,9 @@ class Repaired:
     biases: dict[str, tuple[Constant, Array]] = field(default_factory=dict)
 
 
-def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, context: Context) -> Repaired:
+def rewrite_in_turn(
+    graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, context: Context, *, guess: bool = False
+) -> Repaired:
     """Rewrites weights stage by stage; the graph itself stays as it is, and keeping the results is up to ``rewrite``.
 
     Args:
@@ -66,14 +72,15 @@ def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, c
         weights: of it, in any order.
         rewrite: makes new matrices of those that are wanted. Called from several threads.
         context: for the activations, and to spread the work.
+        guess: whether, without any, Gram matrices are guessed from the weights before a layer.
 
     Raises:
         ValidationError: the model does not run on the calibration inputs, or an activation is not finite.
     """
     repaired = Repaired()
     if context.activations is None:
-        expected = Expectations(graph)
-        moved = context.map(lambda weight: _rewrite_alone(weight, rewrite, expected), weights)
+        expected, guesses = Expectations(graph), ExpectedMoments(graph) if guess else None
+        moved = context.map(lambda weight: _rewrite_alone(weight, rewrite, expected, guesses), weights)
         repaired.biases.update({weight.site: found for weight, found in zip(weights, moved, strict=True) if found is not None})
         return repaired
     work = graph.copy()
@@ -92,10 +99,22 @@ def rewrite_in_turn(graph: Graph, weights: Sequence[Weight], rewrite: Rewrite, c
     return repaired
 
 
-def with_grams(graph: Graph, weights: Sequence[Weight], context: Context) -> Iterator[tuple[Weight, Array | None]]:
-    """Yields each weight with the Gram matrices of its inputs, float64 [groups, columns, columns]; None where they are not known."""
+def with_grams(
+    graph: Graph, weights: Sequence[Weight], context: Context, *, guess: bool = False
+) -> Iterator[tuple[Weight, Array | None]]:
+    """Yields each weight with the Gram matrices of its inputs, float64 [groups, columns, columns]; None where they are not known.
+
+    Args:
+        graph: the main graph; not changed.
+        weights: of it.
+        context: for the activations.
+        guess: whether, without any, they are guessed from the weights before a layer.
+    """
     if context.activations is None:
-        yield from ((weight, None) for weight in weights)
+        guesses = ExpectedMoments(graph) if guess else None
+        for weight in weights:
+            found = _guessed(weight, guesses)
+            yield weight, found.shrunk if found is not None else None
         return
     known, unknown = _parted(graph, weights)
     yield from ((weight, None) for weight in unknown)
@@ -114,11 +133,23 @@ def _parted(graph: Graph, weights: Sequence[Weight]) -> tuple[list[Weight], list
     return known, unknown
 
 
-def _rewrite_alone(weight: Weight, rewrite: Rewrite, expected: Expectations) -> tuple[Constant, Array] | None:
-    """Rewrites a weight without calibration data and returns what becomes of its bias, if its mean input is known."""
-    before = _matrix(weight)
-    after = rewrite(weight, before, None)
+def _guessed(weight: Weight, guesses: ExpectedMoments | None) -> Gram | None:
+    """Returns guessed moments of what a weight meets, if there are any; what several nodes share has none."""
+    if guesses is None or len(weight.uses) != 1 or weight.view is None:
+        return None
+    found = guesses.gram(weight.uses[0])
+    return None if isinstance(found, str) else found
+
+
+def _rewrite_alone(
+    weight: Weight, rewrite: Rewrite, expected: Expectations, guesses: ExpectedMoments | None
+) -> tuple[Constant, Array] | None:
+    """Rewrites a weight without calibration data and returns what becomes of its bias, if its mean input is known or guessed."""
+    before, guessed = _matrix(weight), _guessed(weight, guesses)
+    after = rewrite(weight, before, guessed.shrunk if guessed is not None else None)
     means = expected.mean_input(weight.uses[0]) if len(weight.uses) == 1 else ""
+    if isinstance(means, str) and guessed is not None:
+        means = guessed.mean
     bias = None if isinstance(means, str) or weight.view is None or np.array_equal(before, after) else _bias(weight, len(means))
     if bias is None or isinstance(means, str):
         return None
@@ -164,22 +195,21 @@ def _dependences(graph: Graph, weights: Sequence[Weight]) -> list[int]:
 
 
 def _repair(weight: Weight, moments: PairedGram, rewrite: Rewrite) -> Array:
-    matrix, now = _matrix(weight), moments.now
-    shrunk = now.shrunk
-    groups = zip(np.split(matrix, len(now.matrix)), shrunk, moments.cross + (shrunk - now.matrix), strict=True)
-    wanted = np.concatenate([retarget(rows, gram, cross, _RIDGE) for rows, gram, cross in groups])
+    matrix, shrunk = _matrix(weight), moments.now.shrunk
+    groups = zip(np.split(matrix, len(shrunk)), shrunk, moments.error, strict=True)
+    wanted = np.concatenate([retarget(rows, gram, error, _RIDGE) for rows, gram, error in groups])
     return rewrite(weight, wanted, shrunk)
 
 
 def _centre(weight: Weight, twin: Weight, matrix: Array, moments: PairedGram, repaired: Repaired) -> None:
-    """Changes the bias of a layer, where it has one of its own, so that its mean output is what the original's was."""
+    """Changes the bias of a layer, where it has one of its own, so that its output lacks nothing on average."""
     groups = len(moments.now.matrix)
     bias, twin_bias = _bias(weight, groups), _bias(twin, groups)
-    before = _matrix(weight)
-    if bias is None or twin_bias is None or np.array_equal(before, matrix):
+    change = matrix - _matrix(weight)
+    if bias is None or twin_bias is None or not change.any():
         return
-    means = zip(np.split(before, groups), moments.before_mean, np.split(matrix, groups), moments.now.mean, strict=True)
-    shift = np.concatenate([old @ mean - new @ mean_now for old, mean, new, mean_now in means])
+    moved = [rows @ mean for rows, mean in zip(np.split(change, groups), moments.now.mean, strict=True)]
+    shift = moments.error_mean.reshape(-1) - np.concatenate(moved)
     shifted = bias.shifted(shift * moments.now.count / (moments.now.count + _FEW_POSITIONS))
     if shifted is not None:
         set_values(twin_bias.constant, shifted[1])

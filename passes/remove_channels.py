@@ -6,7 +6,8 @@ together. With Y = W X^T what a layer computes, S the channels that stay and X'_
     W'_S = argmin ‖W X^T - W'_S X'_S^T‖²
 
 is solved for every layer that reads the group, in the order in which the model runs, from the moments of calibration inputs (channel
-pruning with least squares, He et al., arXiv 1707.06168). Without any, biases take over the mean of what goes where normalizations tell it.
+pruning with least squares, He et al., arXiv 1707.06168). Without any, moments are guessed from the weights before a layer
+(`onnxshrink.graph.expected_moments`): what goes is merged into what is like it, and biases take over the mean of the rest.
 
 How many channels each group keeps follows from what their loss does to the outputs, tried out group by group, per unit of what is to
 be saved: squared errors of groups add up (`onnxshrink.narrowing`). Widths are multiples of the block of channels that the runtime
@@ -68,7 +69,7 @@ class RemoveChannels(Pass):
     )
     criterion: str = option(
         "auto",
-        "which channels go first; auto is reconstruction with calibration data and l2 without",
+        "which channels go first; auto is reconstruction: those whose loss the layers that read them make up for best",
         choices=("auto", *CHANNEL_CRITERIA),
         per_site=False,
     )
@@ -172,7 +173,7 @@ class RemoveChannels(Pass):
     ) -> Plan:
         calibrated = context.activations is not None
         scope = ("sensitivity" if calibrated else "global") if self.scope == "auto" else self.scope
-        criterion: Any = ("reconstruction" if calibrated else "l2") if self.criterion == "auto" else self.criterion
+        criterion: Any = "reconstruction" if self.criterion == "auto" else self.criterion
         probed = scope == "sensitivity" and calibrated
         curves = scored(channels.graph, found, criterion, context, probed=probed, repair=self.repair)
         return plan_widths(find, channels, found, curves, bounds, self.budget, context, block=self.block, alike=scope == "local")
@@ -208,8 +209,8 @@ class RemoveChannels(Pass):
         notes = [f"{left} of the model as it came to this pass; {cut} of {groups} groups cut"]
         if cut and self.round == "auto" and self.block > 1:
             notes.append(f"widths are multiples of {self.block}, which this processor computes at a time; round=N is for another one")
-        if context.activations is None and (self.scope == "sensitivity" or self.criterion in ("reconstruction", "activation")):
-            notes.append("there is no calibration data to go by: squares of weights stood for what the outputs lose")
+        if context.activations is None:
+            notes.append("there is no calibration data: what channels hold was guessed from the weights that compute them")
         return notes
 
     def _missed(self, plan: Plan) -> str:

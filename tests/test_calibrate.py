@@ -19,7 +19,8 @@ from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph, Variable
 from onnxshrink.graph.weights import weights
 from onnxshrink.inputs import Feeds, Samples
-from onnxshrink.numerics.gram import Gram, GramSum, PairedGram, PairedGramSum
+from onnxshrink.numerics.gram import Gram, GramSum, PairedGram
+from onnxshrink.numerics.products import ProductSum
 from onnxshrink.runtime import Session, session
 from tests import corpus
 
@@ -318,51 +319,59 @@ def pairs(calibration: Calibration, graph: Graph, original: Graph) -> dict[str, 
     return {weight.site: pair for portion in portions for weight, pair in portion}
 
 
-def check_pair(pair: PairedGram, before: list[np.ndarray[Any, Any]], now: list[np.ndarray[Any, Any]]) -> None:
-    """Compares with dense float64 products of positions [count, columns] of one group."""
-    first, second = (np.concatenate(rows).astype(np.float64) for rows in (before, now))
+def check_pair(pair: PairedGram, errors: list[np.ndarray[Any, Any]], now: list[np.ndarray[Any, Any]]) -> None:
+    """Compares with dense float64 products of positions [count, rows] and [count, columns] of one group."""
+    first, second = (np.concatenate(rows).astype(np.float64) for rows in (errors, now))
     assert pair.now.count == len(first) == len(second)
-    assert pair.cross.dtype == pair.before_mean.dtype == np.float64
+    assert pair.error.dtype == pair.error_mean.dtype == np.float64
     np.testing.assert_allclose(pair.now.matrix[0], second.T @ second, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(pair.cross[0], first.T @ second, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(pair.before_mean[0], first.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pair.error[0], first.T @ second, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pair.error_mean[0], first.mean(axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pair.now.mean[0], second.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
-def test_pairs_hold_what_layers_meet_now_and_met_before() -> None:
+def test_pairs_hold_what_layers_meet_now_and_what_their_outputs_lack() -> None:
     calibration: Activations = Calibration(data())
     original = load(parser.parse_model(TWO_LAYERS))
     graph = edited(original, "first", "bias")
     (portion,) = calibration.paired_grams(graph, original, [weights(graph)[::-1]])
     found = {weight.site: (weight, pair) for weight, pair in portion}
     assert list(found) == ["first", "other", "last"]
-    assert found["first"][1] is found["other"][1]
+    assert found["first"][1].now is found["other"][1].now
     assert all(any(weight.constant is constant for constant in graph.constants) for weight, _ in found.values())
-    before, now = ([values["a"] for values in calibration.samples(one, ["a"])] for one in (original, graph))
-    assert np.abs(np.concatenate(before) - np.concatenate(now)).max() > 0.1
-    check_pair(found["last"][1], before, now)
-    rows = [-feeds["x"] for feeds in data()]
-    check_pair(found["first"][1], rows, rows)  # nothing before it has changed
+    before, now = (
+        [(values["a"], values["b"]) for values in calibration.samples(one, ["a", "b"])] for one in (original, graph)
+    )
+    errors = [y - changed for (_, y), (_, changed) in zip(before, now, strict=True)]
+    assert np.abs(np.concatenate(errors)).max() > 0.1
+    check_pair(found["last"][1], errors, [a for a, _ in now])
+    n = [-feeds["x"] for feeds in data()]
+    first = {constant.name: constant.values for one in (original, graph) for constant in one.constants}
+    lost = next(constant.values for constant in original.constants if constant.name == "first") - first["first"]
+    check_pair(found["first"][1], [rows @ lost for rows in n], n)  # for a changed weight its error is no other one
+    check_pair(found["other"][1], [np.zeros((2, 2))] * 3, n)  # nothing before it has changed
 
 
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_pairs_of_equal_graphs_are_grams(memory: int) -> None:
+def test_pairs_of_equal_graphs_lack_nothing(memory: int) -> None:
     graph = load(parser.parse_model(TWO_LAYERS))
     expected = grams(Calibration(data()), graph)
     found = pairs(Calibration(data(), memory=memory), graph.copy(), graph)
     assert list(found) == list(expected)
     for site, pair in found.items():
         np.testing.assert_array_equal(pair.now.matrix, expected[site].matrix)
-        np.testing.assert_allclose(pair.cross, pair.now.matrix, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(pair.before_mean, pair.now.mean, rtol=1e-6)
+        assert pair.error.shape == (1, 4 if site == "first" else 2, pair.now.matrix.shape[-1])
+        assert not pair.error.any()
+        assert not pair.error_mean.any()
 
 
 def test_pairs_of_layers_that_do_not_fit_in_memory_together_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Graph] = []
     monkeypatch.setattr(relay, "session", lambda *args: [started.append(args[0]), session(*args)][1])
     original = load(parser.parse_model(TWO_LAYERS))
-    sums = PairedGramSum.nbytes(1, 3) + PairedGramSum.nbytes(1, 4)
-    activations = 4 * 2 * (3 + 4)  # n and a
+    sums = GramSum.nbytes(1, 3) + GramSum.nbytes(1, 4)
+    sums += sum(ProductSum.nbytes(1, *shape) for shape in ((4, 3), (2, 3), (2, 4)))
+    activations = 4 * 2 * (3 + 4 + 4 + 2 + 2)  # n, a, and the outputs h, z and b
     for memory, sessions in ((sums + activations, 1 + 2), (sums + activations - 1, 1 + 4)):
         started.clear()
         pairs(Calibration(data(), memory=2 * memory), edited(original, "first"), original)
@@ -383,19 +392,66 @@ def test_pairs_of_groups_and_of_a_tied_weight() -> None:
     graph = edited(original, "point")
     calibration = Calibration(data(shape=(1, 4, 5)))
     pair = pairs(calibration, graph, original)["wide"]
-    cross, mean = np.zeros((2, 6, 6)), np.zeros((2, 6))
-    for before, now in zip(
-        calibration.samples(original, ["e", "a"]), calibration.samples(graph, ["e", "a"]), strict=True
-    ):
-        for name in ("e", "a"):
-            first, second = (np.pad(values[name][0].astype(np.float64), ((0, 0), (1, 1))) for values in (before, now))
+    error, mean = np.zeros((2, 2, 6)), np.zeros((2, 2))
+    names = ["e", "a", "y"]
+    for before, now in zip(calibration.samples(original, names), calibration.samples(graph, names), strict=True):
+        for source, output in itertools.pairwise(names):
+            lacks = before[output][0].astype(np.float64) - now[output][0]
+            moved = np.pad(now[source][0].astype(np.float64), ((0, 0), (1, 1)))
             for group, at in itertools.product(range(2), range(5)):
-                x, moved = (rows[2 * group : 2 * group + 2, at : at + 3].ravel() for rows in (first, second))
-                cross[group] += np.outer(x, moved)
-                mean[group] += x / 30
+                rows = slice(2 * group, 2 * group + 2)
+                error[group] += np.outer(lacks[rows, at], moved[rows, at : at + 3].ravel())
+                mean[group] += lacks[rows, at] / 30
     assert pair.now.count == 30
-    np.testing.assert_allclose(pair.cross, cross, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(pair.before_mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pair.error, error, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pair.error_mean, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_pairs_of_recurrent_layers_lack_what_their_inputs_do(direction: str) -> None:
+    """Between their products and their outputs are gates: what is lacking is W (x - x')."""
+    both = 2 if direction == "bidirectional" else 1
+    model = parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> g (float[S, 2, 3] x) => (float[S, {both}, 2, 2] y)
+        {{ h = MatMul(x, first) y = LSTM<hidden_size = 2, direction = "{direction}">(h, w, r) }}""")
+    rng = np.random.default_rng(0)
+    for name, shape in (("first", (3, 3)), ("w", (both, 8, 3)), ("r", (both, 8, 2))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    original = load(model)
+    graph = edited(original, "first")
+    calibration = Calibration(data(shape=(4, 2, 3)))
+    found = pairs(calibration, graph, original)
+    before, now = ([values["h"].reshape(-1, 3) for values in calibration.samples(one, ["h"])] for one in (original, graph))
+    for direction in range(both):
+        weight = next(constant for constant in original.constants if constant.name == "w").values[direction]
+        errors = np.concatenate(before) - np.concatenate(now)
+        expected = (errors @ weight.T).T @ np.concatenate(now)
+        np.testing.assert_allclose(found["w"].error[direction], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found["w"].error_mean[direction], (errors @ weight.T).mean(axis=0), rtol=1e-4, atol=1e-5)
+    before, now = ([values["y"] for values in calibration.samples(one, ["y"])] for one in (original, graph))
+    states = [np.concatenate([np.vstack([np.zeros((1, 2, 2)), y[:-1, 0]]).reshape(-1, 2) for y in run]) for run in (before, now)]
+    weight = next(constant for constant in original.constants if constant.name == "r").values[0]
+    expected = ((states[0] - states[1]) @ weight.T).T @ states[1]
+    np.testing.assert_allclose(found["r"].error[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_infinities_that_stay_lack_nothing() -> None:
+    """Attention masks add them to what is left out; where they move, what is lacking is not a number."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[2, 3] x) => (float[2, 3] y)
+        { s = MatMul(x, first) mask = Div(one, zeros) k = Add(s, mask) m = MatMul(x, last) y = Add(m, k) }"""
+    model = parser.parse_model(text)
+    zeros = np.array([[1, 1, 0]], np.float32)
+    arrays = {"first": np.eye(3), "last": np.eye(3) + 1, "one": np.ones(1), "zeros": zeros}
+    for name, array in arrays.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    original = load(model)
+    graph = original.copy()
+    found = {weight.site: weight for weight in weights(graph)}
+    portions = Calibration(data()).paired_grams(graph, original, [[found["first"]], [found["last"]]])
+    next(portions)
+    found["first"].constant.values = np.eye(3, dtype=np.float32) * 0.5
+    ((_, pair),) = next(portions)
+    lacks = [np.where([True, True, False], 0.5 * feeds["x"], 0) for feeds in data()]
+    check_pair(pair, lacks, [feeds["x"] for feeds in data()])
 
 
 def test_only_what_pairs_need_runs_in_either_graph() -> None:
@@ -447,7 +503,7 @@ def test_activations_that_change_their_shape_have_no_pairs() -> None:
     original = load(parser.parse_model(text))
     graph = original.copy()
     graph.constants[0].values = -original.constants[0].values
-    expected = r"^calibration: input 'k' of a layer has shape \[\d, 2\] in the original and \[\d, 2\] in its copy: they cannot be"
+    expected = r"^calibration: 'y' has shape \[\d, 2\] in the original and \[\d, 2\] in its copy: they cannot be"
     with pytest.raises(ValidationError, match=expected):
         pairs(Calibration(data(shape=(5, 2))), graph, original)
 

@@ -124,7 +124,7 @@ class Spy:
             eyes = [np.eye(columns)[None] for columns in sizes]
             zeros = [np.zeros((1, columns)) for columns in sizes]
             moments = [
-                PairedGram(Gram(eye, zero, 10), eye, zero) for eye, zero in zip(eyes, zeros, strict=True)
+                PairedGram(Gram(eye, zero, 10), 0 * eye, zero) for eye, zero in zip(eyes, zeros, strict=True)
             ]
             yield list(zip(stage, moments, strict=True))
 
@@ -287,6 +287,104 @@ def test_weights_in_bodies_are_rewritten_without_repair_and_those_behind_make_up
     before, now = rows @ arrays["w2"], rows @ coarse(arrays["w2"].T.astype(np.float64)).T
     wanted = trial.wanted["w3"].T
     assert np.linalg.norm(now @ wanted - before @ arrays["w3"]) < 0.8 * np.linalg.norm((now - before) @ arrays["w3"])
+
+
+# Sums
+
+
+def collected(original: onnx.ModelProto, edited: onnx.ModelProto, feeds: Sequence[Feeds], *names: str) -> list[list[Array]]:
+    """Returns the values of tensors in the original, then those of tensors in the edited model, as lists over samples, float64."""
+    return [[array.astype(np.float64) for array in outputs(model, feeds, name)] for name in names for model in (original, edited)]
+
+
+def ridge_solution(trial: Trial, name: str, rows: Array, target: Array, weight: Array) -> Array:
+    """Returns the least-squares weights [rows, columns] for positions [count, columns] and outputs, drawn towards the original's."""
+    added = np.mean(np.diagonal(trial.grams[name][0] - rows.T @ rows))
+    ridge = added + 0.3 * np.mean(np.diagonal(rows.T @ rows) + added)
+    tall = np.concatenate([rows, np.sqrt(ridge) * np.eye(rows.shape[1])])
+    solution, *_ = np.linalg.lstsq(tall, np.concatenate([target, np.sqrt(ridge) * weight.T]), rcond=None)
+    return solution.T
+
+
+def with_values(model: onnx.ModelProto, arrays: dict[str, Array]) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for tensor in changed.graph.initializer:
+        if tensor.name in arrays:
+            tensor.CopyFrom(oracle.value(tensor.name, arrays[tensor.name]))
+    return changed
+
+
+RESIDUAL_CONV = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 3, 7, 6] x) => (float[N, 4, 4, 3] y)
+    { s = Conv<strides = [2, 2]>(x, around) h = Conv<pads = [1, 1, 1, 1]>(x, w1, b1) a = Relu(h)
+      m = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(a, w2, b2) t = Add(m, s) y = Relu(t) }"""
+
+
+def residual_conv(**bias: Array) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    shapes = {"around": (4, 3, 1, 1), "w1": (5, 3, 3, 3), "b1": (5,), "w2": (4, 5, 3, 3), "b2": (4,)}
+    arrays = {name: normal(*shape) for name, shape in shapes.items()} | bias
+    model = parser.parse_model(RESIDUAL_CONV)
+    model.graph.initializer.extend(oracle.value(name, array) for name, array in arrays.items())
+    return model, arrays
+
+
+def test_a_branch_of_convs_makes_up_for_what_goes_around_it() -> None:
+    model, arrays = residual_conv(b1=np.zeros(5, np.float32))
+    feeds = batches(20, 2, 3, 7, 6)
+    trial = rewritten(model, {"around": coarse, "w1": coarse}, feeds)
+    crippled = with_values(model, {name: trial.values(name) for name in ("around", "w1", "b1")})
+    _, a, t, now = collected(model, crippled, feeds, "a", "t")
+    wide = [np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1))) for images in a]
+    rows = np.array([
+        images[n, :, i : i + 3, j : j + 3].ravel() for images in wide for n in range(2) for i in range(0, 7, 2) for j in range(0, 6, 2)
+    ])  # fmt: skip
+    kernel = arrays["w2"].reshape(4, -1).astype(np.float64)
+    lack = np.concatenate([x.transpose(0, 2, 3, 1).reshape(-1, 4) for x in t]) - np.concatenate(
+        [x.transpose(0, 2, 3, 1).reshape(-1, 4) for x in now]
+    )
+    expected = ridge_solution(trial, "w2", rows, lack + rows @ kernel.T, kernel)
+    np.testing.assert_allclose(trial.wanted["w2"], expected, rtol=1e-3, atol=1e-4)
+    result = with_values(crippled, {"w2": trial.values("w2"), "b2": trial.values("b2")})
+    left = np.concatenate(t) - np.concatenate(outputs(result, feeds, "t"))
+    assert np.linalg.norm(left) < 0.9 * np.linalg.norm(lack)
+
+
+def test_the_mean_of_the_sum_stays() -> None:
+    model, arrays = residual_conv()
+    feeds = batches(20, 2, 3, 7, 6)
+    trial = rewritten(model, coarse, feeds)
+
+    def means(result: onnx.ModelProto, name: str) -> Array:
+        return np.concatenate(outputs(result, feeds, name)).astype(np.float64).mean(axis=(0, 2, 3))
+
+    expected = means(model, "t")
+    moved = np.abs(means(with_values(trial.result, {"b2": arrays["b2"]}), "t") - expected)
+    assert moved.min() > 0.05
+    np.testing.assert_array_less(np.abs(means(trial.result, "t") - expected), 2.01 / (20 * 2 * 12 + 2) * moved + 1e-4)
+    assert np.abs(means(trial.result, "m") - means(model, "m")).max() > 0.05  # that of the branch does not
+
+
+RESIDUAL_MATMUL = """<ir_version: 8, opset_import: ["": 17]> g (float[2, 5, 6] x) => (float[2, 5, 6] y)
+    { s = MatMul(x, around) h = MatMul(s, w1) a = Relu(h) m = MatMul(a, w2) c = Add(m, b) d = Add(GLUE, c) y = Tanh(d) }"""
+
+
+@pytest.mark.parametrize(("glue", "counts"), [("s", True), ("pooled", False)])
+def test_a_branch_of_products_makes_up_for_what_goes_around_it_unless_that_is_broadcast(glue: str, counts: bool) -> None:
+    text = RESIDUAL_MATMUL.replace("d = Add", "pooled = ReduceMean<axes = [1]>(s) d = Add").replace("GLUE", glue)
+    model = parser.parse_model(text)
+    arrays = {"around": normal(6, 6), "w1": normal(6, 8), "w2": normal(8, 6), "b": normal(6)}
+    model.graph.initializer.extend(oracle.value(name, array) for name, array in arrays.items())
+    feeds = batches(20, 2, 5, 6)
+    trial = rewritten(model, {"around": coarse, "w1": coarse}, feeds)
+    crippled = with_values(model, {name: trial.values(name) for name in ("around", "w1")})
+    _, a, wanted, now = (np.concatenate(one).reshape(-1, one[0].shape[-1]) for one in collected(model, crippled, feeds, "a", "c"))
+    lack = wanted - now
+    if counts:
+        _, _, wanted, now = (np.concatenate(one).reshape(-1, one[0].shape[-1]) for one in collected(model, crippled, feeds, "a", "d"))
+        assert np.abs(wanted - now - lack).max() > 0.05
+        lack = wanted - now
+    expected = ridge_solution(trial, "w2", a, lack + a @ arrays["w2"], arrays["w2"].T.astype(np.float64))
+    np.testing.assert_allclose(trial.wanted["w2"], expected, rtol=1e-3, atol=1e-4)
 
 
 # Biases

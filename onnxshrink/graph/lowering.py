@@ -26,8 +26,19 @@ from typing import Any
 
 import numpy as np
 
+from onnxshrink.errors import must
 from onnxshrink.graph.ir import Graph, Node, Tensor
-from onnxshrink.graph.unfolding import Convolution, Product, ResetStates, States, StepInputs, Transposed, Unfold, Window
+from onnxshrink.graph.unfolding import (
+    Convolution,
+    Linear,
+    Product,
+    ResetStates,
+    States,
+    StepInputs,
+    Transposed,
+    Unfold,
+    Window,
+)
 from onnxshrink.graph.views import COMPUTE_OPS, View
 from onnxshrink.graph.weights import Use, Weight
 
@@ -66,6 +77,21 @@ class Lowering:
             values: of the sources at least.
         """
         return self.unfold(*(values[source] for source in self.sources))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the node's output is the product, rearranged, and what is added to it; gates of LSTM, GRU and RNN are in between."""
+        return isinstance(self.unfold, Linear)
+
+    def outputs(self, output: Array) -> Array:
+        """Returns an array of the shape of the node's output as [groups, positions, rows / groups], in the order of `chunks`.
+
+        Raises:
+            TypeError: the lowering is not linear.
+        """
+        if not isinstance(self.unfold, Linear):
+            raise TypeError(must("lowering", "unfold", "linear", type(self.unfold).__name__))
+        return self.unfold.outputs(output)
 
 
 def lowerings(graph: Graph, weights: Sequence[Weight]) -> list[tuple[Weight, tuple[Lowering, ...] | str]]:
@@ -115,7 +141,7 @@ def _of_weight(weight: Weight, nodes: set[int]) -> tuple[Lowering, ...] | str:
 def _product(node: Node, view: View, operand: int, transposed: bool, batch: tuple[int, ...]) -> Lowering:
     """Lowers MatMul and Gemm; ``transposed`` says that positions are columns of the other operand."""
     scale = float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0
-    unfold = Product(batch, transposed, scale)
+    unfold = Product(batch, transposed, operand == 0, scale)
     return Lowering((node.inputs[1 - operand],), math.prod(batch), view.shape[1], unfold)
 
 

@@ -1,13 +1,14 @@
 """The arithmetic behind `onnxshrink.graph.lowering`: from the values of activations to positions, op by op.
 
 Each class is a frozen description of the geometry, and calling it yields chunks [groups, positions, columns]. Descriptions that
-are equal unfold equal activations equally.
+are equal unfold equal activations equally. Where a node's output is nothing but the product, and what is added to it, ``outputs``
+brings that in the same order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,10 @@ from scipy.special import expit
 
 from onnxshrink.numerics.patches import padded, patches, spread
 
-__all__ = ["Convolution", "Product", "ResetStates", "States", "StepInputs", "Transposed", "Unfold", "Window"]
+__all__ = ["Convolution", "Linear", "Product", "ResetStates", "States", "StepInputs", "Transposed", "Unfold", "Window"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Sizes = tuple[int, ...]
-Unfold = Callable[..., Iterator[Array]]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Product:
 
     Attributes:
         batch: the dimensions of the weight before the last two; each combination is a group.
-        transposed: whether positions are columns of the operand: the weight stands on its left.
+        transposed: whether positions are columns of the operand.
+        on_left: whether they are columns of the output: the weight stands on the left.
         scale: of the product (Gemm's alpha).
     """
 
     batch: Sizes
     transposed: bool
+    on_left: bool
     scale: float = 1.0
 
     def __call__(self, operand: Array) -> Iterator[Array]:
@@ -56,6 +58,16 @@ class Product:
         shape = tuple(max(one, other) if other > 1 else one for one, other in zip(rows.shape, own, strict=False))
         rows = np.broadcast_to(rows, (*shape, *rows.shape[-2:])).transpose(*grouped, *summed, rank, rank + 1)
         yield rows.reshape(groups, -1, columns)
+
+    def outputs(self, output: Array) -> Array:
+        """Returns the node's output, or anything of its shape, as [groups, positions, rows / groups]."""
+        if output.ndim < len(self.batch) + 2:  # the operand had one axis
+            output = output[..., None] if self.on_left else output[..., None, :]
+        rows = output.swapaxes(-1, -2) if self.on_left else output
+        rank = rows.ndim - 2
+        own = (1,) * (rank - len(self.batch)) + self.batch
+        order = sorted(range(rank), key=lambda axis: own[axis] == 1)  # those of the groups first
+        return rows.transpose(*order, rank, rank + 1).reshape(math.prod(self.batch), -1, rows.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,12 @@ class Window:
         pads = (0,) * 2 * rank if self.auto_pad == "VALID" else self.pads
         return pads[:rank], pads[rank:]
 
+    def outputs(self, output: Array) -> Array:
+        """Returns the node's output [samples, channels, *space], or anything of its shape, as [groups, positions, channels / groups]."""
+        samples, channels = output.shape[:2]
+        by_group = output.reshape(samples, self.groups, channels // self.groups, -1).transpose(1, 2, 0, 3)
+        return by_group.reshape(self.groups, channels // self.groups, -1).swapaxes(1, 2)
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -105,6 +123,10 @@ class Convolution:
         begins, ends = window.fixed_pads or self._same_pads(images.shape[2:])
         wide = padded(images, begins, ends)
         return patches(wide, window.kernel, window.strides, window.dilations, window.groups)
+
+    def outputs(self, output: Array) -> Array:
+        """Returns what `Window.outputs` does."""
+        return self.window.outputs(output)
 
     def _same_pads(self, space: Sizes) -> tuple[Sizes, Sizes]:
         """Returns the pads with which the output has size / stride elements, rounded up."""
@@ -147,6 +169,10 @@ class Transposed:
         )
         ones = (1,) * len(window.kernel)
         return patches(padded(wide, before, after), window.kernel, ones, window.dilations, window.groups, mirrored=True)
+
+    def outputs(self, output: Array) -> Array:
+        """Returns what `Window.outputs` does."""
+        return self.window.outputs(output)
 
     def _begin_and_output(self, axis: int, size: int, stride: int, full: int) -> tuple[int, int]:
         """Returns the begin pad and the output's size; ``full`` is its size without pads.
@@ -264,6 +290,10 @@ class ResetStates:
                 reset = np.clip(reset, -self.clip, self.clip)
             for_gates.extend([state, state, expit(reset).astype(state.dtype) * state])
         yield np.stack(for_gates)
+
+
+Linear = Product | Convolution | Transposed
+Unfold = Linear | StepInputs | States | ResetStates
 
 
 def _inside(lengths: Array | None, shape: Sizes) -> Array:

@@ -119,17 +119,19 @@ def round_with_feedback(matrix: Array, through: Feedback, snap: Snap, frozen: Ar
     return rounded
 
 
-def retarget(matrix: Array, gram: Array, cross: Array, ridge: float) -> Array:
-    """Returns the weights that give the original's outputs from inputs that earlier layers have changed, as far as that goes.
+def retarget(matrix: Array, gram: Array, error: Array, ridge: float) -> Array:
+    """Returns the weights that make up for what the output of a layer lacks, as far as its inputs allow.
 
-    The least-squares solution of W' X'^T ≈ W X^T, drawn towards W (ridge regression on the difference):
+    The least-squares solution of D X'^T ≈ E, drawn towards none (ridge regression), on top of the weights:
 
-        W' = W + W (C - H') (H' + r I)^-1        C = X^T X', H' = X'^T X', r = ridge · mean of H's diagonal
+        W' = W + (E X') (H' + r I)^-1        H' = X'^T X', r = ridge · mean of H's diagonal
+
+    Where only the inputs have changed, from X to X', E = W (X - X')^T, and W' X'^T ≈ W X^T: what comes out is what came out before.
 
     Args:
-        matrix: [rows, columns].
+        matrix: [rows, columns]: W.
         gram: float64 [columns, columns]: H'.
-        cross: float64 [columns, columns]: C.
+        error: float64 [rows, columns]: E X', the sum over positions of e x'^T.
         ridge: above 0; the larger, the fewer inputs it takes to be trusted.
 
     Returns:
@@ -137,11 +139,11 @@ def retarget(matrix: Array, gram: Array, cross: Array, ridge: float) -> Array:
     """
     columns = len(gram)
     mean = float(np.trace(gram)) / max(columns, 1)
-    if not mean > 0.0:
-        return np.asarray(matrix, np.float64)
-    damped = gram + ridge * mean * np.eye(columns)
     wide = np.asarray(matrix, np.float64)
-    moved: Array = linalg.solve(damped, (wide @ (cross - gram)).T, assume_a="pos").T
+    if not mean > 0.0:
+        return wide
+    damped = gram + ridge * mean * np.eye(columns)
+    moved: Array = linalg.solve(damped, error.T, assume_a="pos").T
     return wide + moved
 
 

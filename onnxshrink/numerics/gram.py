@@ -23,7 +23,7 @@ from scipy.linalg import blas
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array
 
-__all__ = ["MAX_POSITIONS", "Gram", "GramSum", "PairedGram", "PairedGramSum"]
+__all__ = ["MAX_POSITIONS", "Gram", "GramSum", "PairedGram", "block_positions", "buffer_positions", "frozen"]
 
 MAX_POSITIONS = 4096  # a block: enough for BLAS to be fast, few enough for sums in float32
 _BLOCK_ELEMENTS = 1 << 24  # 64 MB of float32
@@ -65,28 +65,29 @@ class Gram:
 
     def __add__(self, other: Gram) -> Gram:
         """Returns the moments of both sets of positions together."""
-        return Gram(_frozen(self.matrix + other.matrix), _frozen(self.total + other.total), self.count + other.count)
+        return Gram(frozen(self.matrix + other.matrix), frozen(self.total + other.total), self.count + other.count)
 
 
 @dataclass(frozen=True, eq=False)
 class PairedGram:
-    """The moments of what a layer meets now, x', together with what it met before, x, position by position.
+    """The moments of what a layer meets now, x', together with the error of its output, e = what it should be - what it is now.
 
     Attributes:
         now: of x'.
-        cross: float64 [groups, columns, columns], read-only: sum of x x'^T; rows belong to x.
-        before_mean: float64 [groups, columns], read-only: the mean x; zero when there were no positions.
+        error: float64 [groups, rows, columns], read-only: sum of e x'^T. Without any other reason for errors than the changed
+            inputs, e = W (x - x'), x being what the layer met before.
+        error_mean: float64 [groups, rows], read-only: the mean e; zero when there were no positions.
     """
 
     now: Gram
-    cross: Array
-    before_mean: Array
+    error: Array
+    error_mean: Array
 
     def __add__(self, other: PairedGram) -> PairedGram:
         """Returns the moments of both sets of positions together."""
-        now, cross = self.now + other.now, _frozen(self.cross + other.cross)
-        total = self.before_mean * self.now.count + other.before_mean * other.now.count
-        return PairedGram(now, cross, _frozen(total / max(now.count, 1)))
+        now, error = self.now + other.now, frozen(self.error + other.error)
+        total = self.error_mean * self.now.count + other.error_mean * other.now.count
+        return PairedGram(now, error, frozen(total / max(now.count, 1)))
 
 
 class GramSum:
@@ -106,7 +107,7 @@ class GramSum:
         self.count = 0
         self._matrix = np.zeros((groups, columns, columns))  # the lower triangle holds
         self._total = np.zeros((groups, columns))
-        self._block = _block(groups, columns)
+        self._block = block_positions(groups, columns)
         self._buffer: Array | None = None
         self._waiting = 0
         self._shared: GramSum | None = None
@@ -114,7 +115,7 @@ class GramSum:
     @staticmethod
     def nbytes(groups: int, columns: int) -> int:
         """Returns the bytes that a sum of this size holds while it is being made."""
-        return groups * columns * (8 * columns + 4 * _capacity(groups, columns))
+        return groups * columns * (8 * columns + 4 * buffer_positions(groups, columns))
 
     @property
     def positions_per_column(self) -> float:
@@ -139,7 +140,7 @@ class GramSum:
             self._shared.add(chunk[:1])
             return
         self.count += chunk.shape[1]
-        if chunk.dtype != np.float64 and chunk.shape[1] * 2 <= _capacity(self.groups, self.columns):
+        if chunk.dtype != np.float64 and chunk.shape[1] * 2 <= buffer_positions(self.groups, self.columns):
             self._keep(chunk)
             return
         for start in range(0, chunk.shape[1], self._block):
@@ -157,7 +158,7 @@ class GramSum:
             self.count += shared.count
         for matrix in self._matrix:
             _mirror(matrix)
-        return Gram(_frozen(self._matrix), _frozen(self._total), self.count)
+        return Gram(frozen(self._matrix), frozen(self._total), self.count)
 
     def _keep(self, chunk: Array) -> None:
         if self._buffer is None:
@@ -168,7 +169,7 @@ class GramSum:
         self._waiting += chunk.shape[1]
 
     def _new_buffer(self, rows_first: bool) -> Array:
-        capacity = _capacity(self.groups, self.columns)
+        capacity = buffer_positions(self.groups, self.columns)
         if rows_first:
             return np.empty((self.groups, capacity, self.columns), np.float32)
         return np.empty((self.groups, self.columns, capacity), np.float32).swapaxes(1, 2)
@@ -192,90 +193,6 @@ class GramSum:
         if block.dtype == np.float64 or not np.isfinite(block).all():
             raise ValueError(must(self.name, "values", "finite", "a NaN, an infinity or squares beyond float64"))
         self._multiply(block.astype(np.float64))
-
-
-class PairedGramSum:
-    """Sums `PairedGram` over chunks; few positions wait in copies until BLAS is worth calling."""
-
-    def __init__(self, name: str, groups: int, columns: int) -> None:
-        """An empty sum; arguments are those of `GramSum`."""
-        self.name = name
-        self._now = GramSum(name, groups, columns)
-        self._cross = np.zeros((groups, columns, columns))
-        self._total = np.zeros((groups, columns))
-        self._waiting: list[tuple[Array, Array]] = []
-        self._shared: PairedGramSum | None = None
-
-    @staticmethod
-    def nbytes(groups: int, columns: int) -> int:
-        """Returns the bytes that a sum of this size holds while it is being made."""
-        return GramSum.nbytes(groups, columns) + groups * columns * (8 * columns + 8 * _capacity(groups, columns))
-
-    @property
-    def positions_per_column(self) -> float:
-        """How many positions there are so far for each column."""
-        return max(total.positions_per_column for total in (self._now, self._shared) if total is not None)
-
-    def add(self, before: Array, now: Array) -> None:
-        """Adds positions; chunks are as `GramSum.add` takes them.
-
-        Raises:
-            ValueError: a wrong shape, two shapes, or a value that is not finite.
-        """
-        groups, columns = self._total.shape
-        if before.shape != now.shape:
-            raise ValueError(must(self.name, "chunk", f"of the shape before, {list(before.shape)}", list(now.shape)))
-        if groups > 1 and before.strides[0] == 0 == now.strides[0] and now.shape[0] == groups:
-            self._shared = self._shared or PairedGramSum(self.name, 1, columns)
-            self._shared.add(before[:1], now[:1])
-            return
-        self._now.add(now)
-        if np.float64 not in (before.dtype, now.dtype) and now.shape[1] * 2 <= _capacity(groups, columns):
-            if self._held + now.shape[1] > _capacity(groups, columns):
-                self._flush()
-            self._waiting.append((before.astype(np.float32), now.astype(np.float32)))
-            return
-        for start in range(0, now.shape[1], _block(groups, columns)):
-            block = slice(start, start + _block(groups, columns))
-            self._multiply(before[:, block], now[:, block])
-
-    def result(self) -> PairedGram:
-        """Returns the sum of everything added; nothing can be added after."""
-        self._flush()
-        now = self._now.result()
-        own = PairedGram(now, _frozen(self._cross), _frozen(self._total / max(now.count, 1)))
-        if self._shared is None:
-            return own
-        shared, groups = self._shared.result(), len(self._total)
-        matrix, total = (np.repeat(moment, groups, axis=0) for moment in (shared.now.matrix, shared.now.total))
-        copies = Gram(matrix, total, shared.now.count)
-        return own + PairedGram(copies, shared.cross, shared.before_mean)
-
-    @property
-    def _held(self) -> int:
-        return sum(now.shape[1] for _, now in self._waiting)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            before, now = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True))
-            self._waiting = []
-            self._multiply(before, now)
-
-    def _multiply(self, before: Array, now: Array) -> None:
-        """Adds the products of a block, in float64 where either is float64 or float32 does not hold them."""
-        exact = np.float64 in (before.dtype, now.dtype)
-        dtype = np.float64 if exact else np.float32
-        before, now = before.astype(dtype, copy=False), now.astype(dtype, copy=False)
-        with np.errstate(over="ignore", invalid="ignore"):
-            cross = np.matmul(before.swapaxes(1, 2), now)
-            total = np.matmul(np.ones(before.shape[1], dtype), before)
-        if np.isfinite(cross).all() and np.isfinite(total).all():
-            self._cross += cross
-            self._total += total
-        elif exact or not np.isfinite(before).all():
-            raise ValueError(must(self.name, "values", "finite", "a NaN, an infinity or squares beyond float64"))
-        else:
-            self._multiply(before.astype(np.float64), now.astype(np.float64))
 
 
 def _add_squares(matrix: Array, block: Array) -> bool:
@@ -315,16 +232,17 @@ def _mirror(matrix: Array) -> None:
             matrix[start : start + tile, below : below + tile] = matrix[below : below + tile, start : start + tile].T
 
 
-def _block(groups: int, columns: int) -> int:
+def block_positions(groups: int, columns: int) -> int:
     """Returns how many positions are multiplied at a time."""
     return min(max(_BLOCK_ELEMENTS // max(groups * columns, 1), 1), MAX_POSITIONS)
 
 
-def _capacity(groups: int, columns: int) -> int:
+def buffer_positions(groups: int, columns: int) -> int:
     """Returns how many positions the buffer holds: about as many as columns, when adding up costs little."""
-    return min(max(columns, 256), _block(groups, columns))
+    return min(max(columns, 256), block_positions(groups, columns))
 
 
-def _frozen(array: Array) -> Array:
+def frozen(array: Array) -> Array:
+    """Returns the array itself, read-only from now on."""
     array.flags.writeable = False
     return array

@@ -82,6 +82,14 @@ class Case:
         return (matrix @ positions.swapaxes(1, 2)).reshape(-1, positions.shape[1])
 
 
+    def check_outputs(self) -> None:
+        """Compares ``outputs`` of what the node computes with the products that it should be, group by group."""
+        _, lowering = self.lowered()
+        matrix, positions = self.positions()
+        assert lowering.is_linear
+        close(lowering.outputs(self.run()), positions @ matrix.swapaxes(1, 2))
+
+
 def name_of(source: Any) -> str:
     return str(getattr(source, "site", source.name))
 
@@ -120,6 +128,7 @@ def products(draw: st.DrawFn) -> tuple[Case, Array]:
 def test_matmul(drawn: tuple[Case, Array]) -> None:
     case, expected = drawn
     close(case.products(), expected)
+    case.check_outputs()
 
 
 @given(few, few, few, flag, flag, flag, st.sampled_from([1.0, 0.5, -2.0]))
@@ -130,6 +139,7 @@ def test_gemm(rows: int, inner: int, columns: int, trans_a: bool, trans_b: bool,
     arrays = {"w": a, "x": b} if left else {"x": a, "w": b}
     case = Case("Gemm", tuple(arrays), arrays, attributes).checked()
     close(case.products(), case.run() if left else case.run().T)
+    case.check_outputs()
 
 
 @st.composite
@@ -158,6 +168,7 @@ def test_conv(case: Case) -> None:
     expected = case.run()
     assume(expected.size)
     close(case.products(), np.moveaxis(expected, 1, 0).reshape(expected.shape[1], -1))
+    case.check_outputs()
 
 
 @st.composite
@@ -193,6 +204,7 @@ def transposed_convolutions(draw: st.DrawFn) -> Case:
 def test_conv_transpose(case: Case) -> None:
     expected = case.run()
     close(case.products(), np.moveaxis(expected, 1, 0).reshape(expected.shape[1], -1))
+    case.check_outputs()
 
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -276,8 +288,12 @@ def remembered(gates: Array, kept: Array, direction: str) -> Array:
 @pytest.mark.parametrize("op", GATES)
 @given(st.data())
 def test_recurrences(op: str, data: st.DataObject) -> None:
-    found, expected = cells(data.draw(recurrences(op)))
+    found, expected = cells(case := data.draw(recurrences(op)))
     close(found, expected)
+    _, lowering = case.lowered()
+    assert not lowering.is_linear
+    with pytest.raises(TypeError, match=r"^lowering: unfold must be linear, got StepInputs$"):
+        lowering.outputs(case.run())
 
 
 @pytest.mark.parametrize("op", GATES)
