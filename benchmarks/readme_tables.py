@@ -171,8 +171,34 @@ def channels(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def low_rank(figures: dict[str, Any]) -> list[str]:
+    """Returns the table of `low_rank.py`."""
+    lines = [
+        "| model | asked | original | plain SVD | whitened, repaired | params | MACs | time | bytes | coded | whole, coded | s | MB |",
+        "|---|---|---|---|---|--:|--:|--:|--:|---|---|--:|--:|",
+    ]
+    rows = {(row["name"], row["setting"]): row for row in figures["models"]}
+    for (name, setting), row in rows.items():
+        if setting == "whole" or "repair=false" in setting:
+            continue
+        plain, whole = rows.get((name, f"{setting},repair=false")), rows.get((name, "whole"))
+        coded = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" if one is not None else "–" for one in (row, whole)]
+        time = f"{row['latency']:.2f}" if "latency" in row else ""
+        lines.append(
+            f"| {name} | {setting} | {_score(row, 0)} | {_score(plain, 1) if plain is not None else '–'} | {_score(row, 1)} "
+            f"| {row['params']:.2f} | {row['macs']:.2f} | {time} | {row['bytes']:,} | {coded[0]} | {coded[1]} "
+            f"| {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
+        )
+    return lines
+
+
+def _coded(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of the coded file of a row."""
+    return {**row["shared"], "spearman": row["spearman"][::2]} if "spearman" in row else row["shared"]
+
+
 def channel_coverage(figures: dict[str, Any]) -> list[str]:
-    """Returns the table of `channels.py --coverage`."""
+    """Returns the table of `channel_coverage.py`."""
     lines = ["| model | groups | free | parameters in free groups | weights cut | ops without a rule |", "|---|--:|--:|--:|--:|---|"]
     for row in figures["models"]:
         barriers = ", ".join(f"{op} {count}" for op, count in row["barriers"].items() if ":" not in op) or "–"
@@ -222,6 +248,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "sparsity": ("sparsity", sparsity),
     "sparse_forms": ("sparse_forms", sparse_forms),
     "channels": ("channels", channels),
+    "low_rank": ("low_rank", low_rank),
     "channel_coverage": ("channel_coverage", channel_coverage),
     "prune_methods": ("prune_speed", prune_methods),
     "huffman_session": ("huffman_session", huffman_session),

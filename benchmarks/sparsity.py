@@ -3,23 +3,19 @@
     python benchmarks/sparsity.py --json benchmarks/results/sparsity.json
     python benchmarks/sparsity.py --only cifar_resnet20 --setting sparsity=0.7
 
-A row is ``onnxshrink compress --pass tidy --pass sparsify:SETTING`` from all calibration inputs, in a process of its own, so that its
-peak memory is its own. ``packed`` are the bytes of that file, which `pack-sparse` ends; ``shared`` those after ``share-weights:bits=5``,
-``huffman:raise-opset=true`` and ``shorten-names`` instead, with the SQNR of that file. Seconds are those of sparsify. Rows that are in
-the JSON file already and are not asked for stay.
+A row is ``onnxshrink compress --pass tidy --pass sparsify:SETTING`` from all calibration inputs. ``packed`` are the bytes of that
+file, which `pack-sparse` ends; ``shared`` those after ``share-weights:bits=5``, ``huffman:raise-opset=true`` and ``shorten-
+names`` instead, with the SQNR of that file. Seconds are those of sparsify. See `harness.py` for the options.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import corpus
+from harness import run_rows
 from judged import Snapshot, peak_kb, quality, spearman
 
 from onnxshrink import api
@@ -50,8 +46,8 @@ def rows() -> list[tuple[str, str]]:
     return found
 
 
-def measure(name: str, setting: str) -> dict[str, Any]:
-    """Returns the figures of one model at one setting."""
+def measure(name: str, setting: str, path: Path) -> dict[str, Any]:
+    """Returns the figures of one model at one setting, and leaves the result as pack-sparse stores it at a path."""
     idle = peak_kb()
     coding = ("share-weights:bits=5", "huffman:raise-opset=true", "shorten-names")
     steps = [parse_pass("tidy"), parse_pass(f"sparsify:pack=false,{setting}"), Snapshot(), *map(parse_pass, coding)]
@@ -68,7 +64,7 @@ def measure(name: str, setting: str) -> dict[str, Any]:
         "bytes_before": result.report.bytes_before,
     }
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / "packed.onnx", Path(folder) / "shared.onnx"]
+        paths = [path, Path(folder) / "shared.onnx"]
         paths[0].write_bytes(packed(Snapshot.taken[0]))
         result.save(paths[1])
         judged = [api.verify(corpus.model_path(name), path, inputs=validation) for path in paths]
@@ -87,58 +83,16 @@ def packed(graph: Graph) -> bytes:
     return to_model(graph).SerializeToString()
 
 
-def measured(name: str, setting: str) -> dict[str, Any]:
-    """Returns a row, made in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps([name, setting])]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        reason = [f"exit code {run.returncode}", *run.stderr.strip().splitlines()][-1]
-        return {"name": name, "setting": setting, "error": reason[-300:]}
-    row: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return row
-
-
 def describe(row: dict[str, Any]) -> str:
     """Returns one line about a row."""
-    head = f"{row['name']:22} {row['setting']:62}"
-    if "error" in row:
-        return f"{head} {row['error']}"
     accuracy = "" if row["accuracy"] is None else f"  top-1 {row['accuracy'][0]:.2%} → {row['accuracy'][1]:.2%}"
     ranks = "" if "spearman" not in row else "  Spearman " + " → ".join(f"{rank:.4f}" for rank in row["spearman"])
     sqnr = "no SQNR" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
     return (
-        f"{head} {sqnr}{accuracy}{ranks}  {row['bytes_before']:,} → {row['packed_bytes']:,} packed, {row['shared_bytes']:,} shared"
+        f"{sqnr}{accuracy}{ranks}  {row['bytes_before']:,} → {row['packed_bytes']:,} packed, {row['shared_bytes']:,} shared"
         f"  {row['seconds']:.0f} s, {row['peak_mb']:.0f} MB"
     )
 
 
-def main() -> None:
-    """Runs the rows one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="names of models")
-    parser.add_argument("--setting", nargs="*", help="options of sparsify, instead of the rows' own")
-    parser.add_argument("--json", type=Path, help="where the figures go after each row")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(*json.loads(arguments.one))))
-        return
-    every = rows()
-    chosen = [row for row in every if not arguments.only or row[0] in arguments.only]
-    if arguments.setting:
-        names = dict.fromkeys(name for name, _ in chosen)
-        chosen = [(name, setting) for name in names for setting in arguments.setting]
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    if arguments.json and arguments.json.exists():
-        known = {(row["name"], row["setting"]): row for row in json.loads(arguments.json.read_text())["models"]}
-    order = {row: number for number, row in enumerate(every)}
-    for name, setting in chosen:
-        known[name, setting] = measured(name, setting)
-        print(describe(known[name, setting]), flush=True)
-        if arguments.json:
-            ordered = sorted(known, key=lambda row: (order.get(row, len(order)), row))
-            arguments.json.write_text(json.dumps({"models": [known[row] for row in ordered]}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_rows(__doc__, rows(), measure, describe)

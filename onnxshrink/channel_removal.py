@@ -25,7 +25,7 @@ from onnxshrink.numerics.elimination import solve_kept
 from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe
 
-__all__ = ["LossCurve", "loss_curves", "mask"]
+__all__ = ["LossCurve", "loss_curves", "mask", "repair_helps"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _WORST = 1e30  # squared drift that stands for outputs that are not finite
@@ -108,13 +108,16 @@ def loss_curves(
     return measured
 
 
-def mask(graph: Graph, gone: Mapping[Candidate, Array], context: Context) -> tuple[dict[str, Array], Repaired]:
+def mask(
+    graph: Graph, gone: Mapping[Candidate, Array], context: Context, *, repair: bool = True
+) -> tuple[dict[str, Array], Repaired]:
     """Returns new values of weights by site, with nothing left of what reads the channels that go, and what was done beside.
 
     Args:
         graph: the main graph; not changed.
         gone: the channels of each group that go.
         context: with activations to solve the rest again; without, by what the weights before a layer let expect of its inputs.
+        repair: whether the rest is solved again.
 
     Raises:
         ValidationError: the model does not run on the calibration inputs, or an activation is not finite.
@@ -126,6 +129,9 @@ def mask(graph: Graph, gone: Mapping[Candidate, Array], context: Context) -> tup
             stays = ~np.isin(reader.owners, channels)
             kept[reader.weight.site] = kept.get(reader.weight.site, np.True_) & stays
             readers[reader.weight.site] = reader.weight
+    if not repair:
+        whole = {site: weight.layout.forward(weight.constant.values).astype(np.float64) for site, weight in readers.items()}
+        return {site: _stored(readers[site], np.where(kept[site], matrix, 0.0)) for site, matrix in whole.items()}, Repaired()
     values: dict[str, Array] = {}
 
     def rewrite(weight: Weight, wanted: Array, grams: Array | None) -> Array:
@@ -144,6 +150,26 @@ def _silenced(graph: Graph, candidate: Candidate, gone: Array) -> dict[str, Arra
             stays = ~np.isin(member.places, gone).reshape([-1 if axis == member.axis else 1 for axis in range(member.rank)])
             values[site] = np.where(stays, values.get(site, member.tensor.values), 0).astype(member.tensor.dtype)
     return values
+
+
+def repair_helps(
+    graph: Graph, gone: Mapping[Candidate, Array], values: Mapping[str, Array], repaired: Repaired, context: Context
+) -> bool:
+    """Whether the outputs on calibration inputs are nearer to the original's with repair than without; True where nothing tells.
+
+    Args:
+        graph: the main graph; not changed.
+        gone: the channels of each group that go.
+        values: of the readers, repaired, by site.
+        repaired: what was done beside.
+        context: with activations to measure on.
+    """
+    if context.activations is None or not (probe := OutputProbe(graph, context.activations)).is_possible:
+        return True
+    sites = {id(weight.constant): weight.site for weight in weights(graph)}
+    biases = {sites[id(constant)]: array for constant, array in repaired.biases.values() if id(constant) in sites}
+    plain, _ = mask(graph, gone, context, repair=False)
+    return probe.squared_drift({**values, **biases}) <= probe.squared_drift(plain)
 
 
 def _masked(wanted: Array, grams: Array | None, kept: Array) -> Array:

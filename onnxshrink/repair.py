@@ -44,7 +44,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Rewrite = Callable[[Weight, Array, "Array | None"], Array]
 """f(weight, wanted float64 [rows, columns] of its layout, H' float64 [groups, columns, columns] or None) -> [rows, columns]."""
 
-_RIDGE = 0.3  # of the mean of H's diagonal: with hundreds of inputs 0.1 gains as much and 0.01 less, with tens only more is safe
+# Of the mean of H's diagonal: with hundreds of inputs 0.1 gains as much and 0.01 less, with tens only more is safe. Choosing it, or none of
+# the repair, layer by layer on inputs that were left out was never better beyond noise, and up to 0.6 dB worse.
+_RIDGE = 0.3
 _FEW_POSITIONS = 2  # whose mean says as much of all inputs as nothing does: correcting all of it lost a decibel with one input
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from onnxshrink.channel_removal import mask
+from onnxshrink.channel_removal import mask, repair_helps
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError, must
 from onnxshrink.graph.channel_groups import ChannelGroup, Channels, find_channels
@@ -136,12 +136,12 @@ class RemoveChannels(Pass):
                 reasons[id(one.group)] = self._uncut(one.group, bounds[id(one.group)], choices)
         before = {weight.site: (weight.constant.shape, constant_bytes(weight.constant, weight.scope.graph)) for weight in known}
         stored = _stored_bytes(graph)
-        moved = self._cut(graph, channels, gone, known, context) if gone else set()
+        moved, notes = self._cut(graph, channels, gone, known, context) if gone else (set[int](), [])
         changes, skips = _answers(channels, known, gone, reasons, before, moved)
         if changes:  # constants that hold sizes belong to all of them
             others = _stored_bytes(graph) - stored - sum(change.bytes_after - change.bytes_before for change in changes)
             changes[0] = replace(changes[0], bytes_after=changes[0].bytes_after + others)
-        return Report(changes, skips, self._notes(plan, len(gone), len(channels.groups), context), self._missed(plan))
+        return Report(changes, skips, self._notes(plan, len(gone), len(channels.groups), context) + notes, self._missed(plan))
 
     def _bounds(self, channels: Channels, known: Sequence[Weight], context: Context) -> tuple[dict[int, str], dict[int, Bounds]]:
         """Returns by group why it stays as it is, or what it may keep."""
@@ -180,18 +180,22 @@ class RemoveChannels(Pass):
 
     def _cut(
         self, graph: Graph, channels: Channels, gone: Mapping[Candidate, Any], known: Sequence[Weight], context: Context
-    ) -> set[int]:
-        """Repairs and cuts; returns the biases that moved, by id."""
+    ) -> tuple[set[int], list[str]]:
+        """Repairs, unless outputs would be further from the original's for it, and cuts; returns what biases moved, by id, and notes."""
         moved: set[int] = set()
+        notes: list[str] = []
         if self.repair:
             values, repaired = mask(graph, gone, context)
-            by_site = {weight.site: weight for weight in known}
-            edits = [(by_site[site].constant, array) for site, array in values.items()] + list(repaired.biases.values())
-            for constant, array in edits:
-                set_values(constant, array)
-            moved = {id(constant) for constant, _ in repaired.biases.values()}
+            if repair_helps(graph, gone, values, repaired, context):
+                by_site = {weight.site: weight for weight in known}
+                edits = [(by_site[site].constant, array) for site, array in values.items()]
+                for constant, array in edits + list(repaired.biases.values()):
+                    set_values(constant, array)
+                moved = {id(constant) for constant, _ in repaired.biases.values()}
+            else:
+                notes.append("nothing was made up for: outputs on the calibration inputs would be further from the original's")
         cut_channels(channels, {candidate.group: which for candidate, which in gone.items()})
-        return moved
+        return moved, notes
 
     def _uncut(self, group: ChannelGroup, bound: Bounds, choices: int) -> str:
         """Returns why a group that could be cut was not."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxshrink.calibrate import Calibration
-from onnxshrink.channel_removal import LossCurve, loss_curves, mask
+from onnxshrink.channel_removal import LossCurve, loss_curves, mask, repair_helps
 from onnxshrink.contract import Context
 from onnxshrink.graph.channel_groups import Channels, find_channels
 from onnxshrink.graph.channel_readers import Candidate, candidates
@@ -308,3 +308,15 @@ def test_no_groups_no_curves() -> None:
     graph = load(model)
     assert context.activations is not None
     assert loss_curves(graph, [], [], context, OutputProbe(graph, context.activations)) == []
+
+
+def test_repair_that_moves_outputs_further_is_told() -> None:
+    model = MODELS["Relu"]
+    feeds = feeds_of(model, 12)
+    graph, _, found_ = found(model)
+    gone, context = chosen(found_, 1), context_of(feeds)
+    values, repaired = mask(graph, gone, context)
+    assert repair_helps(graph, gone, values, repaired, context)
+    wrong = {site: -3 * array for site, array in values.items()}
+    assert not repair_helps(graph, gone, wrong, repaired, context)
+    assert repair_helps(graph, gone, wrong, repaired, Context())  # nothing tells

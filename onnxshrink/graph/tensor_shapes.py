@@ -24,7 +24,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Dims = tuple["int | str | None", ...]
 Shapes = Mapping[int, Dims]
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
-_SHAPELESS = ("GroupNormalization",)  # keeps the shape of its first input; inference through its body loses it (onnx 1.23)
+_SHAPELESS = (  # keep the shape of their first input
+    "GroupNormalization",  # inference through its body loses it (onnx 1.23)
+    *("Affine", "ImageScaler"),  # retired: onnx no longer knows them, ONNX Runtime still runs them (contrib_ops/contrib_defs.cc)
+)
 _MAX_VALUES = 64  # constants of up to that many elements may be shapes, and inference needs their values
 
 
@@ -48,6 +51,8 @@ def tensor_shapes(
     for node in model.graph.node:
         if node.op_type in _SHAPELESS and len(node.output) == 1:
             node.CopyFrom(onnx.NodeProto(op_type="Identity", input=node.input[:1], output=node.output))
+        if node.op_type == "Crop":
+            node.CopyFrom(_like_crop(node))
         if node.op_type == "Reshape" and targets and node.output[0] in targets:
             node.input[1] = f"{node.output[0]}\nshape"  # no exporter breaks lines in names
             model.graph.initializer.append(numpy_helper.from_array(targets[node.output[0]], node.input[1]))
@@ -69,6 +74,14 @@ def tensor_shapes(
         elif (dims := found.get(name)) is not None:
             shapes[id(tensor)] = tuple(dim if not isinstance(dim, int) or dim >= 0 else None for dim in dims)
     return shapes
+
+
+def _like_crop(node: onnx.NodeProto) -> onnx.NodeProto:
+    """Returns a pooling whose output is as large as that of the retired Crop, which takes (left, top, right, bottom) away."""
+    given = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    left, top, right, bottom = given.get("border") or [0] * 4
+    kernel = [top + bottom + 1, left + right + 1]
+    return node if "scale" in given else helper.make_node("MaxPool", node.input[:1], node.output, kernel_shape=kernel)
 
 
 def _inferred(model: onnx.ModelProto, known: Mapping[str, Dims]) -> dict[str, Dims | None]:

@@ -20,6 +20,7 @@ Costs = Callable[[Array], Array]
 """f(widths float64 [..., groups]) -> cost [...], which never grows when a width shrinks."""
 
 _SWAPS = 200
+_NOTHING = 1e-9  # of the loss: below it an exchange gains nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,8 @@ def _improved(ladders: Sequence[Ladder], at: Array, costs: Costs, budget: float)
     if costs(_widths(ladders, at)) > budget:
         return at
     for _ in range(_SWAPS):
-        found: tuple[float, list[tuple[int, int]]] = (-1e-12, [])
+        lost = sum(float(ladder.losses[rung]) for ladder, rung in zip(ladders, at, strict=True))
+        found: tuple[float, list[tuple[int, int]]] = (-_NOTHING * lost, [])
         up = [(int(group), int(at[group]) - 1) for group in range(len(ladders)) if at[group] > 0]
         for group, rung in up:
             trial = at.copy()
