@@ -39,6 +39,7 @@ from onnxshrink.inspection import Inspection, inspect_graph
 from onnxshrink.latency import LatencyReport
 from onnxshrink.latency import bench as measure_latency
 from onnxshrink.pipeline import Candidate, Settings, run_steps
+from onnxshrink.rank_inspection import RankInfo, rank_infos
 from onnxshrink.recipe import Recipe, default_recipe, finished
 from onnxshrink.report import CompressionReport, PassReport
 from onnxshrink.runtime import plain_session, session
@@ -252,6 +253,7 @@ def inspect(
     model: ModelSource,
     *,
     sensitivity: bool = False,
+    ranks: bool = False,
     calibration: InputSource | None = None,
     repair: bool = False,
     seed: int = 0,
@@ -263,7 +265,8 @@ def inspect(
         model: a path, the bytes of a file, or a ModelProto.
         sensitivity: also zeroes weights by magnitude, layer by layer and in all layers at once, at several sparsities, and measures
             what becomes of the outputs: see `onnxshrink.degradation`.
-        calibration: inputs to measure that on, as for `compress`; without any, seeded synthetic ones are made.
+        ranks: also says how many dimensions each weight needs: see `onnxshrink.rank_inspection`.
+        calibration: inputs to measure either on, as for `compress`; without any, seeded synthetic ones show what zeros do.
         repair: measures the whole model a second time, every zero made up for. A quarter of the inputs then judges, the rest repairs.
         seed: of synthetic inputs.
         progress: called with what is being done, the part done and the total (0 when unknown).
@@ -271,14 +274,16 @@ def inspect(
     Raises:
         ModelError: the model cannot be read, or, to be measured, cannot be run.
         InputsError: the inputs do not fit the model.
-        OptionError: inputs or repair are given without sensitivity, or repair without two inputs.
+        OptionError: inputs are given without sensitivity or ranks, repair without sensitivity, or repair without two inputs.
         ValidationError: the model with zeros does not run, or an activation is not finite.
     """
-    if not sensitivity and (calibration is not None or repair):
+    if not sensitivity and (repair or (calibration is not None and not ranks)):
         raise OptionError(must("inspect", "calibration and repair", "left out without sensitivity", "one of them"))
     graph = read_model(model)
     report_progress = progress or _silent
     found = inspect_graph(graph, _name(model, graph), report_progress)
+    if ranks:
+        found = replace(found, ranks=_ranks(graph, calibration, seed, report_progress))
     if not sensitivity:
         return found
     return replace(found, sensitivity=_degradation(graph, calibration, repair, seed, report_progress))
@@ -316,6 +321,15 @@ def _degradation(
         return found
     note = "inputs are synthetic: they show little of what zeros do to real ones; pass real ones as calibration"
     return replace(found, notes=[note, *found.notes])
+
+
+def _ranks(graph: Graph, calibration: InputSource | None, seed: int, progress: Progress) -> list[RankInfo]:
+    activations = None
+    if calibration is not None:
+        with session(graph, role="original") as running:
+            activations = Calibration(samples_for(graph, running, calibration, seed)[0])
+    context = Context(seed, activations=activations, progress=lambda done, total: progress("looking at ranks", done, total))
+    return rank_infos(graph, context)
 
 
 def _as_recipe(passes: Recipe | Sequence[Pass | Step] | Pass | Step | None) -> Recipe | None:

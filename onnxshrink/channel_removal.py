@@ -22,6 +22,7 @@ from onnxshrink.graph.channel_readers import Candidate
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.elimination import solve_kept
+from onnxshrink.numerics.floatbits import rounded_to
 from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe
 
@@ -182,8 +183,7 @@ def _masked(wanted: Array, grams: Array | None, kept: Array) -> Array:
 def _stored(weight: Weight, matrix: Array) -> Array:
     """Returns a matrix as the tensor that stores it; rows that float16 cannot hold stay as they are, but for zeros."""
     original = weight.layout.forward(weight.constant.values)
-    with np.errstate(over="ignore"):
-        new = matrix.astype(original.dtype)
+    new = rounded_to(matrix, original.dtype)
     beyond = ~np.isfinite(new).all(axis=1, keepdims=True)
     values: Array = weight.layout.inverse(np.where(beyond, np.where(matrix == 0, matrix, original), new).astype(original.dtype))
     return values

@@ -196,11 +196,14 @@ def inspect(
     groups: Annotated[
         bool, typer.Option("--groups", metavar="", help="Show the groups of channels that remove-channels cuts together.")
     ] = False,
+    ranks: Annotated[
+        bool, typer.Option("--ranks", metavar="", help="Show how many dimensions each weight needs, and its outputs with --calib.")
+    ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", metavar="", help="Measure what zeros do, by layer and in the whole model.")
     ] = False,
     calib: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="With --sensitivity: inputs, as for compress; else synthetic ones.")
+        Path | None, typer.Option(metavar="PATH", help="With --sensitivity or --ranks: inputs, as for compress.")
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", metavar="", help="With --sensitivity: the whole model with zeros made up for, too.")
@@ -214,14 +217,14 @@ def inspect(
     """Show the weights of a model: bytes, zeros, entropy, work, and which passes would act on them."""
     from onnxshrink import api, tables
 
-    _check_sensitivity(sensitivity, calib, repair, plot)
+    _check_sensitivity(sensitivity, None if ranks else calib, repair, plot)
     if plot is not None:
         from onnxshrink.plots import check_picture, draw_degradation
 
         check_picture(plot, [path for path in (model, calib) if path is not None])
     with _progress(as_json) as progress:
         found = api.inspect(
-            model, sensitivity=sensitivity, calibration=calib, repair=repair, seed=seed, progress=progress
+            model, sensitivity=sensitivity, ranks=ranks, calibration=calib, repair=repair, seed=seed, progress=progress
         )
         if plot is not None and found.sensitivity is not None:
             draw_degradation(found.sensitivity, plot, model.name)

@@ -119,6 +119,9 @@ class Trials(Protocol):
     def latency_ratio(self, before: Graph, after: Graph) -> float:
         """Returns the time of the second graph over that of the first, measured in turns."""
 
+    def part_ratio(self, before: Graph, after: Graph, inputs: Sequence[str], outputs: Sequence[str]) -> float:
+        """Returns the same of what computes some tensors of the main graphs from others, by name; infinite if it does not run."""
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -23,6 +23,7 @@ from onnxshrink.graph.work import multiply_accumulates as node_macs
 from onnxshrink.group_inspection import GroupInfo, group_infos
 from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.numerics.distribution import distribution
+from onnxshrink.rank_inspection import RankInfo
 from onnxshrink.registry import pass_class, pass_names
 from onnxshrink.runtime import session
 from onnxshrink.synthetic import synthetic_samples
@@ -76,7 +77,7 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model as a whole, its weights, largest first, and groups of channels; what zeros do to it where that was asked for."""
+    """A model as a whole, its weights, largest first, and groups of channels; ranks, and what zeros do to it, where asked for."""
 
     model: str
     nbytes: int
@@ -90,6 +91,7 @@ class Inspection:
     notes: Sequence[str] = ()
     sensitivity: Degradation | None = None
     groups: Sequence[GroupInfo] = ()
+    ranks: Sequence[RankInfo] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and finite numbers."""

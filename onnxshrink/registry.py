@@ -16,6 +16,7 @@ __all__ = ["ENTRY_POINT_GROUP", "PassInfo", "describe_passes", "pass_class", "pa
 ENTRY_POINT_GROUP = "onnxshrink.passes"
 _BUILT_IN = {
     "huffman": "onnxshrink.passes.huffman:Huffman",
+    "low-rank": "onnxshrink.passes.low_rank:LowRank",
     "pack-sparse": "onnxshrink.passes.pack_sparse:PackSparse",
     "remove-channels": "onnxshrink.passes.remove_channels:RemoveChannels",
     "share-weights": "onnxshrink.passes.share_weights:ShareWeights",

@@ -36,6 +36,7 @@ from onnxshrink.graph.lowering import lowerings
 from onnxshrink.graph.weights import Use, Weight
 from onnxshrink.graph.weights import weights as weights_of
 from onnxshrink.numerics.feedback import retarget
+from onnxshrink.numerics.floatbits import rounded_to
 from onnxshrink.numerics.gram import Gram, PairedGram
 
 __all__ = ["Repaired", "Rewrite", "rewrite_in_turn", "with_grams"]
@@ -230,7 +231,7 @@ class _Bias:
         values = self.constant.values
         if shift.size != values.size:
             return None
-        return self.constant, (values.astype(np.float64) + self.sign * shift.reshape(values.shape)).astype(values.dtype)
+        return self.constant, rounded_to(values.astype(np.float64) + self.sign * shift.reshape(values.shape), values.dtype)
 
 
 def _bias(weight: Weight, groups: int) -> _Bias | None:

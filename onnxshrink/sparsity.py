@@ -29,6 +29,7 @@ from onnxshrink.numerics.densities import (
     erdos_renyi_kernel,
     uniform,
 )
+from onnxshrink.numerics.floatbits import rounded_to
 from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe, folds
 from onnxshrink.targets import Target
@@ -186,8 +187,7 @@ def _rewrite(
     original, layout = weight.constant.values, weight.layout
     zeros = layout.forward(before.get(weight.site, original)) == 0
     sparse = by_site[weight.site].pruned(wanted, grams, share_of[weight.site], zeros, context)
-    with np.errstate(over="ignore"):
-        matrix = sparse.astype(original.dtype)
+    matrix = rounded_to(sparse, original.dtype)
     beyond = ~np.isfinite(matrix).all(axis=1, keepdims=True)  # the range of float16
     new = layout.inverse(np.where(beyond & (sparse != 0), layout.forward(original), matrix))
     values[weight.site] = new if np.count_nonzero(new) < np.count_nonzero(original) else original

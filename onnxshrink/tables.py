@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onnxshrink.inspection import Inspection, WeightInfo
     from onnxshrink.latency import LatencyReport
     from onnxshrink.metrics import OutputMetrics
+    from onnxshrink.rank_inspection import RankInfo
     from onnxshrink.registry import PassInfo
     from onnxshrink.validate import Accuracy
 
@@ -44,6 +45,7 @@ __all__ = [
     "latency",
     "outputs",
     "passes",
+    "ranks",
     "sensitivity",
     "verification",
 ]
@@ -107,6 +109,8 @@ def inspection(found: Inspection, picture: str = "", *, with_groups: bool = Fals
         lines.append(obstacles)
     if with_groups:
         lines += channel_groups(found.groups)
+    if found.ranks:
+        lines += ranks(found.ranks)
     if found.sensitivity is not None:
         lines += sensitivity(found.sensitivity)
     if picture:
@@ -131,6 +135,21 @@ def channel_groups(groups: Sequence[GroupInfo]) -> list[RenderableType]:
     for reason, count in counts.most_common(_MOST_SKIPS):
         obstacles.add_row(escape(reason), str(count))
     return [*lines, *([obstacles] if counts else [])]
+
+
+def ranks(found: Sequence[RankInfo]) -> list[RenderableType]:
+    """Returns how many dimensions each weight needs, largest first."""
+    measured = any(info.outputs_at_90 is not None for info in found)
+    columns = ["weight", ">full\nrank", ">\nbreaks even", ">\nstable", ">weights\n90 %", ">\n99 %"]
+    table = _table(*columns, *((">outputs\n90 %", ">\n99 %") if measured else ()))
+    for info in found[:_MOST_WEIGHTS]:
+        name = f"{escape(_end(info.site))}\n[dim]{info.op} {info.sides[0]}x{info.sides[1]}[/]"
+        cells = [info.full, info.break_even, f"{info.stable:.1f}", info.at_90, info.at_99]
+        seen = ["–" if value is None else value for value in (info.outputs_at_90, info.outputs_at_99)]
+        table.add_row(name, *map(str, [*cells, *(seen if measured else [])]))
+    head = "\nRanks that hold so much of the squares of weights" + (" and of outputs:" if measured else ":")
+    rest = len(found) - _MOST_WEIGHTS
+    return [head, table, *([f"[dim]and {rest} smaller ones; --json lists them all[/]"] if rest > 0 else [])]
 
 
 def sensitivity(found: Degradation) -> list[RenderableType]:

@@ -5,15 +5,24 @@ A pass knows no ONNX Runtime; `onnxshrink.contract.Trials` is what it sees of th
 
 from __future__ import annotations
 
-from onnxshrink.errors import UnsupportedModelError
-from onnxshrink.graph.ir import Graph
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.errors import ShrinkError, UnsupportedModelError
+from onnxshrink.graph.excerpt import excerpt
+from onnxshrink.graph.ir import Graph, Variable
 from onnxshrink.graph.work import multiply_accumulates
 from onnxshrink.inputs import Samples
 from onnxshrink.latency import bench
+from onnxshrink.runtime import session
 from onnxshrink.tracing import NodeTrace, trace
 
 __all__ = ["SampleTrials"]
 
+Array = np.ndarray[Any, np.dtype[Any]]
+_PART_SECONDS = 0.2
 _SECONDS = 2.0  # of timed runs: medians of pairs settle within a percent or two
 
 
@@ -65,3 +74,40 @@ class SampleTrials:
             ValidationError: the second does not.
         """
         return bench(before, after, self._samples, seconds=self._seconds).ratio.median
+
+    def part_ratio(self, before: Graph, after: Graph, inputs: Sequence[str], outputs: Sequence[str]) -> float:
+        """Returns the time that the second graph takes, on one thread, to compute some tensors from others, over that of the first.
+
+        Args:
+            before: the main graph; the first sample runs through it to fill the inputs.
+            after: another one with the same tensors.
+            inputs: names of tensors of both.
+            outputs: names of tensors of both, which depend on nothing but those and constants.
+
+        Returns:
+            A median; infinite if either does not run.
+        """
+        try:
+            feeds = self._values(before, inputs)
+            first, second = (_part(graph, feeds, outputs) for graph in (before, after))
+            data = Samples(lambda index: feeds, range(1), "one sample")
+            return bench(first, second, data, seconds=_PART_SECONDS).ratio.median
+        except ShrinkError:  # of a part that ONNX Runtime does not run by itself nothing is known
+            return float("inf")
+
+    def _values(self, graph: Graph, names: Sequence[str]) -> dict[str, Array]:
+        sample = self._samples[0]
+        computed = [name for name in names if name not in sample]
+        values = {name: sample[name] for name in names if name in sample}
+        if computed:
+            with session(excerpt(graph, computed), threads=1) as running:
+                found = running.run(sample)
+                values |= {name: found[name] for name in computed}
+        return values
+
+
+def _part(graph: Graph, feeds: Mapping[str, Array], outputs: Sequence[str]) -> Graph:
+    """Returns what computes tensors from those that are fed; what else the model wants to be fed, it does not."""
+    part = excerpt(graph, outputs, {name: array.dtype for name, array in feeds.items()})
+    part.inputs = [Variable(name, array.dtype, array.shape) for name, array in feeds.items()]
+    return part

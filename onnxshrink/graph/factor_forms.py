@@ -30,6 +30,7 @@ from onnxshrink.graph.factor_sites import Geometry, Kind
 from onnxshrink.graph.storage import raw_nbytes
 from onnxshrink.graph.weight_values import computed_matrix
 from onnxshrink.graph.weights import Weight
+from onnxshrink.numerics.floatbits import rounded_to
 from onnxshrink.numerics.kernel_factors import input_factor, spatial_factor, tucker2_factor
 from onnxshrink.numerics.low_rank import factor
 
@@ -153,7 +154,7 @@ class Form:
         if self.kind == "recurrent-input" and grams is not None:  # directions meet the same inputs
             grams = grams.mean(axis=0, keepdims=True)
         kernels = matrix.reshape(found.groups, found.outputs, found.inputs, found.positions)
-        return tuple(piece.astype(self.dtype) for piece in self._factor(kernels, ranks, grams))
+        return tuple(rounded_to(piece, self.dtype) for piece in self._factor(kernels, ranks, grams))
 
     def _factor(self, kernels: Array, ranks: Ranks, grams: Array | None) -> Pieces:
         if self.kind == "tucker2":

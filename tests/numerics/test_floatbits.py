@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxshrink.numerics.floatbits import bits_of, check_finite
+from onnxshrink.numerics.floatbits import bits_of, check_finite, rounded_to
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -47,3 +47,16 @@ def test_one_value_that_is_not_finite_is_found_in_any_layout(dtype, bad):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="owner: dtype must be float16, bfloat16, float32 or float64, got int8"):
         check_finite("owner", np.zeros(3, np.int8))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float64])
+def test_no_subnormal_number_is_stored(dtype):
+    least = float(ml_dtypes.finfo(dtype).smallest_normal)
+    values = np.array([0.0, least / 2, -least / 3, least, 1.0, -3.0])
+    rounded = rounded_to(values, np.dtype(dtype))
+    assert rounded.dtype == dtype
+    np.testing.assert_array_equal(rounded.astype(np.float64), [0.0, 0.0, 0.0, least, 1.0, -3.0])
+
+
+def test_float16_keeps_its_subnormal_numbers_and_overflows_to_infinity():
+    np.testing.assert_array_equal(rounded_to(np.array([6e-8, 1e6]), np.dtype(np.float16)), np.array([6e-8, np.inf], np.float16))

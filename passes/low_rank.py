@@ -1,0 +1,267 @@
+"""Cuts weights in thin pieces: a layer of rank r computes Y = U (V X^T) instead of W X^T.
+
+    MatMul, Gemm        two products, [K, r] and [r, N]
+    Conv                k x k then 1 x 1 (channel), 1 x 1 then k x k (input), k x 1 then 1 x k (spatial), 1 x 1, k x k, 1 x 1 (tucker2)
+    ConvTranspose       the same, as far as attributes allow
+    LSTM, GRU, RNN      the input weight, its first piece shared by all directions
+
+With the Gram matrix H = L L^T of what the layer meets, U V is the truncated SVD of W L times L^-1: of all products of rank r it changes
+the OUTPUT least, by the sum of the squared singular values that were cut (SVD-LLM, arXiv 2403.07378). Without calibration inputs H is
+the identity, and it is W that changes least. A budget of parameters or multiply-accumulates is given out so that the outputs of the model
+suffer least (`onnxshrink.factorization`); `rank`, `share`, `energy`, `error` and `evbmf` set ranks layer by layer instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from onnxshrink.contract import Change, Context, Pass, Report, Skip
+from onnxshrink.errors import OptionError, must
+from onnxshrink.factorization import Option, Rule, Target, by_rules, choose, factor_in_turn, filled, option_lists
+from onnxshrink.graph.channel_costs import inferred_macs
+from onnxshrink.graph.channel_groups import find_channels
+from onnxshrink.graph.edit import constant_bytes, nodes_bytes, set_values
+from onnxshrink.graph.factoring import forms, split
+from onnxshrink.graph.ir import Constant, Graph, Tensor
+from onnxshrink.graph.weights import Weight, weights
+from onnxshrink.numerics.simd import channel_block
+from onnxshrink.options import option
+from onnxshrink.sensitivity import folds
+
+__all__ = ["LowRank"]
+
+_FORMS = ("auto", "channel", "input", "spatial", "tucker2")
+_KERNEL_FORMS = _FORMS[1:]
+_BUDGETS, _RULES = ("params", "macs"), ("rank", "share", "energy", "error")
+_DEFAULT_PARAMS = 0.8
+_GENTLEST, _WEAKER = 0.97, 0.75
+_CLOSE = 0.01  # of a target is close enough not to be mentioned
+_PAYS = 0.98  # of the time of a layer: pieces that take more save none
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Pass):
+    """Cuts weights in thin pieces of low rank, so that outputs of layers change least: fewer parameters, less work."""
+
+    name: ClassVar[str] = "low-rank"
+    params: float | None = option(
+        None, "share of the parameters of layers that is left; 0.8 if nothing is given", low=0.01, high=1.0, per_site=False
+    )
+    macs: float | None = option(
+        None, "share of the multiply-accumulates of layers that is left, instead", low=0.01, high=1.0, per_site=False
+    )
+    rank: int | None = option(None, "rank of every weight, instead of a budget", low=1, high=1 << 20)
+    share: float | None = option(None, "share of its full rank that every weight keeps, instead", low=0.0, high=1.0)
+    energy: float | None = option(None, "share of the squared singular values that every weight keeps, instead", low=0.0, high=1.0)
+    error: float | None = option(None, "relative error of the outputs of every layer, instead", low=0.0, high=1.0)
+    evbmf: bool = option(False, "ranks by empirical variational Bayes, instead")
+    form: str = option("auto", "into which pieces kernels are cut; auto takes what loses least for its cost", choices=_FORMS)
+    round: str = option(
+        "auto",
+        "ranks are multiples of this: a number, none, or auto for the block that this processor computes at a time, with params none",
+        per_site=False,
+    )
+    repair: bool = option(True, "whether calibration data, if any, says what to keep, and layers make up for those before", per_site=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in (*_BUDGETS, *_RULES) if getattr(self, name) is not None] + ["evbmf"] * self.evbmf
+        if len(given) > 1:
+            raise OptionError(f"{self.name}: {' and '.join(given[:2])} both set the ranks; give one of them")
+        if self.round not in ("auto", "none") and not (self.round.isdecimal() and 1 <= int(self.round) <= 1024):
+            raise OptionError(must(self.name, "round", "auto, none or a number from 1 to 1024", repr(self.round)))
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """What is to be left of what; None where every weight has a rule of its own."""
+        if self.macs is not None:
+            return "macs", self.macs
+        own = self.evbmf or any(getattr(self, name) is not None for name in _RULES)
+        return None if own else ("params", _DEFAULT_PARAMS if self.params is None else self.params)
+
+    @property
+    def rule(self) -> Rule | None:
+        """How every weight gets its rank by itself, or None."""
+        return None if self.budget is not None else Rule(self.rank, self.share, self.energy, self.error, self.evbmf)
+
+    @property
+    def block(self) -> int:
+        """Ranks are multiples of it."""
+        if self.round == "auto":
+            return channel_block() if self.macs is not None else 1
+        return 1 if self.round == "none" else int(self.round)
+
+    @property
+    def sites_are_independent(self) -> bool:
+        """Whether layers do not share a budget."""
+        return self.budget is None
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Returns the pass with some options changed for a site; what sets ranks takes the place of what did."""
+        own: dict[str, Any] = {}
+        if options.get("evbmf") or any(options.get(name) is not None for name in _RULES):
+            own = {**dict.fromkeys((*_BUDGETS, *_RULES)), "evbmf": False}
+        return replace(self, **{**own, **options})
+
+    def weaker(self) -> Self | None:
+        """Returns the pass with 3/4 of the cut."""
+        if self.budget is None:
+            return None
+        name, left = self.budget
+        gentler: dict[str, Any] = {name: 1 - (1 - left) * _WEAKER}
+        return replace(self, **gentler) if gentler[name] <= _GENTLEST else None
+
+    def apply(self, graph: Graph, context: Context) -> Report:
+        """Edits the graph in place."""
+        context = context if self.repair else replace(context, activations=None)
+        targets, rules, skips = self._targets(graph, context)
+        chosen = self._options(graph, targets, rules, context)
+        cut = {target.weight.site: one for target, one in zip(targets, chosen, strict=True) if one.form is not None}
+        skips += [Skip(one.weight.site, _whole(one, rule)) for one, rule in zip(targets, rules, strict=True) if one.weight.site not in cut]
+        changes, moved = _cut(graph, [target.weight for target in targets if target.weight.site in cut], cut, context)
+        skips = [skip for skip in skips if skip.site not in moved]  # biases are parts of their layers, and not left as they were
+        left = sum(one.cost for one in chosen), sum(target.cost for target in targets)
+        return Report(changes, skips, self._notes(*left, context) if targets else [], self._missed(*left))
+
+    def _targets(self, graph: Graph, context: Context) -> tuple[list[Target], list[Rule | None], list[Skip]]:
+        macs = _macs(graph, context) if self.macs is not None else {}
+        targets, rules, skips = [], [], []
+        for weight, found in forms(graph, weights(graph)):
+            chosen = context.options(self, weight.names)
+            if chosen is None:
+                skips.append(Skip(weight.site, "left alone by a rule"))
+            elif isinstance(found, str):
+                skips.append(Skip(weight.site, found))
+            elif weight.obstacle is not None:
+                skips.append(Skip(weight.site, weight.obstacle))
+            elif any(node.op == "DequantizeLinear" for use in weight.uses for node in use.path):
+                skips.append(Skip(weight.site, "is scaled by DequantizeLinear: pieces of what is stored would not be"))
+            elif not np.isfinite(weight.constant.values).all():
+                skips.append(Skip(weight.site, "holds NaN or infinity"))
+            elif self.budget is None and chosen.rule is None:
+                skips.append(Skip(weight.site, "no rank is set for it"))
+            elif not (mine := [form for form in found if chosen.form in ("auto", form.kind) or form.kind not in _KERNEL_FORMS]):
+                skips.append(Skip(weight.site, f"cannot be cut in the form {chosen.form}"))
+            else:
+                work = sum(macs.get(id(use.node), 0.0) for use in weight.uses)
+                cost = float(work if self.macs is not None else mine[0].whole)
+                targets.append(Target(weight, tuple(mine), cost, self.macs is not None, self.block))
+                rules.append(chosen.rule)
+        return targets, rules, skips
+
+    def _options(self, graph: Graph, targets: Sequence[Target], rules: Sequence[Rule | None], context: Context) -> list[Option]:
+        """Returns what becomes of each weight: by its own rule, or by what is best for all together."""
+        found: dict[str, Option] = {}
+        ruled = [(target, rule) for target, rule in zip(targets, rules, strict=True) if rule is not None]
+        ranked = by_rules(graph, [target for target, _ in ruled], [rule for _, rule in ruled], context)
+        found |= {target.weight.site: one for (target, _), one in zip(ruled, ranked, strict=True)}
+        budget, others = self.budget, [target for target, rule in zip(targets, rules, strict=True) if rule is None]
+        if budget is not None and others:
+            fitting, probe = folds(graph, context)[0]
+            lists = option_lists(graph, others, fitting, probe)
+            timed = budget[0] == "macs" and context.trials is not None
+            if timed:
+                lists = [_that_pay(graph, options, context) for options in lists]
+            total, spent = sum(target.cost for target in targets), sum(one.cost for one in found.values())
+            best = choose(lists, budget[1] * total, spent)
+            best = filled(others, best, budget[1] * total - spent - sum(one.cost for one in best), lists if timed else None)
+            found |= {target.weight.site: one for target, one in zip(others, best, strict=True)}
+        return [found[target.weight.site] for target in targets]
+
+    def _notes(self, left: float, whole: float, context: Context) -> list[str]:
+        unit = "multiply-accumulates" if self.macs is not None else "parameters"
+        notes = [f"{unit} of layers that can be cut x {left / max(whole, 1.0):.3f} of the model as it came to this pass"]
+        if context.activations is None:
+            why = "there is no calibration data to say what layers meet" if self.repair else "without repair, calibration data says nothing"
+            notes.append(f"weights change least, not outputs: {why}")
+        return notes
+
+    def _missed(self, left: float, whole: float) -> str:
+        budget = self.budget
+        if budget is None or left <= (budget[1] + _CLOSE) * whole:
+            return ""
+        return f"asked for {budget[0]} x {budget[1]:g}; x {left / whole:.3f} is the least that pieces which pay can have"
+
+
+def _macs(graph: Graph, context: Context) -> Mapping[int, float]:
+    measured = context.trials.macs(graph) if context.trials is not None else None
+    return inferred_macs(find_channels(graph)) if measured is None else measured
+
+
+def _whole(target: Target, rule: Rule | None) -> str:
+    """Returns why a weight stays as it is."""
+    if target.by_work and not target.cost:
+        return "does no work as far as is known, so none can be saved"
+    paying = [form for form in target.forms if target.paying(form)]
+    unit: Any = "macs" if target.by_work else "parameters"
+    if not paying:
+        form = target.forms[0]
+        return f"pieces would save nothing: break-even rank {form.break_even(unit)[0]} of {form.full[0]}, ranks in steps of {target.block}"
+    known = f"(break-even rank {paying[0].break_even(unit)[0]} of {paying[0].full[0]})"
+    if rule is not None:
+        return f"stays whole: pieces as its rank, share, energy or error asks for would save nothing {known}"
+    return f"stays whole: others lose less for what they save, or pieces take longer {known}"
+
+
+def _that_pay(graph: Graph, options: Sequence[Option], context: Context) -> list[Option]:
+    """Returns the options whose pieces take less time than the layer as it is, as far as a few of each form tell when they are run."""
+    most: dict[str, float] = {}
+    for name in dict.fromkeys(one.form.name for one in options if one.form is not None):
+        mine = [one for one in options if one.form is not None and one.form.name == name]
+        tried = [mine[index] for index in sorted({0, len(mine) // 2, len(mine) - 1})]
+        most[name] = next((one.cost for one in tried if _time(graph, one, context) < _PAYS), 0.0)
+    return [one for one in options if one.form is None or one.cost <= most[one.form.name]]
+
+
+def _time(graph: Graph, one: Option, context: Context) -> float:
+    """Returns the time of a layer in pieces over that of the layer as it is."""
+    assert one.form is not None
+    assert context.trials is not None
+    copy = graph.copy()
+    twin = next(weight for weight in weights(copy) if weight.site == one.form.weight.site)
+    pieces = tuple(np.ones(shape, one.form.dtype) for shape in one.form.shapes(one.ranks))
+    node = one.form.weight.uses[0].node
+    assert node is not None
+    split(copy, replace(one.form, weight=twin), pieces)
+    outputs = [tensor.name for tensor in node.outputs if tensor.name][:1]
+    inputs = [tensor.name for tensor in node.inputs if tensor.name and not isinstance(tensor, Constant) and not _is_fixed(tensor)]
+    return context.trials.part_ratio(graph, copy, inputs, outputs)
+
+
+def _is_fixed(tensor: Tensor) -> bool:
+    """Whether a tensor follows from constants alone."""
+    makers = list(tensor.inputs)
+    return isinstance(tensor, Constant) or (bool(makers) and all(_is_fixed(source) for maker in makers for source in maker.inputs))
+
+
+def _cut(
+    graph: Graph, targets: Sequence[Weight], chosen: Mapping[str, Option], context: Context
+) -> tuple[list[Change], set[str]]:
+    """Factors weights in turn and puts the pieces in their place; returns the sites of biases that moved as well."""
+    if not targets:
+        return [], set()
+    pieces, repaired = factor_in_turn(graph, chosen, targets, context)
+    for constant, values in repaired.biases.values():
+        set_values(constant, values)
+    touched = {id(constant) for constant, _ in repaired.biases.values()}
+    moved = {weight.site for weight in weights(graph) if id(weight.constant) in touched}
+    changes, stored = [], _bytes(graph)
+    for weight in targets:
+        form, before = chosen[weight.site].form, constant_bytes(weight.constant, graph)
+        assert form is not None
+        made = split(graph, form, pieces[weight.site])
+        after = sum(constant_bytes(constant, graph) for constant in made.constants)
+        ranks = " x ".join(map(str, chosen[weight.site].ranks))
+        least = "its outputs lose least" if weight.site in repaired.sites else "it loses least itself"
+        changes.append(Change(weight.site, before, after, f"{form.name}, rank {ranks} of {' x '.join(map(str, form.full))}, as {least}"))
+    others = _bytes(graph) - stored - sum(change.bytes_after - change.bytes_before for change in changes)
+    changes[0] = replace(changes[0], bytes_after=changes[0].bytes_after + others)  # nodes belong to all of them
+    return changes, moved
+
+
+def _bytes(graph: Graph) -> int:
+    return nodes_bytes(graph.nodes) + sum(constant_bytes(constant, graph) for constant in graph.constants)
