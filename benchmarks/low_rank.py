@@ -6,7 +6,8 @@
 
 A row is ``onnxshrink compress --pass tidy --pass low-rank:SETTING`` from all calibration inputs; with ``repair=false`` weights
 change least, without, outputs. ``shared`` is the file after ``share-weights:bits=5``, ``huffman:raise-opset=true`` and ``shorten-
-names``. A setting of ``whole`` leaves low-rank out, to compare with. See `harness.py` for the options.
+names``. A setting of ``whole,bits=N`` leaves low-rank out and shares weights by N bits, to compare with. See `harness.py` for the
+options.
 """
 
 from __future__ import annotations
@@ -29,22 +30,24 @@ from onnxshrink.trials import SampleTrials
 
 BY_WORK = ("cifar_resnet20", "squeezenet_fp32up")
 BY_PARAMETERS = ("minilm_l6_v2", "magika_v3_3", "oww_embedding", "dtln_1", "ppocrv4_rec", "basic_pitch_nmp")
-CODING = ("share-weights:bits=5", "huffman:raise-opset=true", "shorten-names")
+CODING = ("share-weights:bits={}", "huffman:raise-opset=true", "shorten-names")
+WHOLE = ("whole,bits=5", "whole,bits=4", "whole,bits=3")
 
 
 def rows() -> list[tuple[str, str]]:
     """Returns (model, setting) of all rows: plain SVD, whitened, and the model as it is."""
     found = []
     for names, setting in ((BY_PARAMETERS, "params=0.8"), (BY_WORK, "macs=0.8")):
-        found += [(name, one) for name in names for one in (f"{setting},repair=false", setting, "whole")]
+        found += [(name, one) for name in names for one in (f"{setting},repair=false", setting, *WHOLE)]
     return found
 
 
 def measure(name: str, setting: str, path: Path) -> dict[str, Any]:
     """Returns the figures of one model at one setting, and leaves the result at a path."""
     idle = peak_kb()
-    cut = [parse_pass(f"low-rank:{setting}")] if setting != "whole" else []
-    steps = [parse_pass("tidy"), Snapshot(), *cut, Snapshot(), *map(parse_pass, CODING)]
+    bits = setting.removeprefix("whole,bits=") if setting in WHOLE else "5"
+    cut = [parse_pass(f"low-rank:{setting}")] if setting not in WHOLE else []
+    steps = [parse_pass("tidy"), Snapshot(), *cut, Snapshot(), *(parse_pass(text.format(bits)) for text in CODING)]
     validation = corpus.evaluation(name)  # without a limit nothing depends on it
     result = api.compress(corpus.model_path(name), steps, calibration=corpus.calibration(name), validation=validation)
     before, after = Snapshot.taken

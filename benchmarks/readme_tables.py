@@ -174,19 +174,22 @@ def channels(figures: dict[str, Any]) -> list[str]:
 def low_rank(figures: dict[str, Any]) -> list[str]:
     """Returns the table of `low_rank.py`."""
     lines = [
-        "| model | asked | original | plain SVD | whitened, repaired | params | MACs | time | bytes | coded | whole, coded | s | MB |",
-        "|---|---|---|---|---|--:|--:|--:|--:|---|---|--:|--:|",
+        "| model | asked | original | plain SVD | whitened | params | MACs | time | bytes | 5-bit codes | whole: 5-bit | 4-bit | 3-bit | s | MB |",
+        "|---|---|---|---|---|--:|--:|--:|--:|---|---|---|---|--:|--:|",
     ]
     rows = {(row["name"], row["setting"]): row for row in figures["models"]}
     for (name, setting), row in rows.items():
-        if setting == "whole" or "repair=false" in setting:
+        if "whole" in setting or "repair=false" in setting:
             continue
-        plain, whole = rows.get((name, f"{setting},repair=false")), rows.get((name, "whole"))
-        coded = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" if one is not None else "–" for one in (row, whole)]
+        if "error" in row:
+            lines.append(f"| {name} | {setting} | {row['error']} |||||||||||||")
+            continue
+        plain, wholes = rows.get((name, f"{setting},repair=false")), [rows.get((name, f"whole,bits={bits}")) for bits in (5, 4, 3)]
+        coded = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" if one is not None else "–" for one in (row, *wholes)]
         time = f"{row['latency']:.2f}" if "latency" in row else ""
         lines.append(
             f"| {name} | {setting} | {_score(row, 0)} | {_score(plain, 1) if plain is not None else '–'} | {_score(row, 1)} "
-            f"| {row['params']:.2f} | {row['macs']:.2f} | {time} | {row['bytes']:,} | {coded[0]} | {coded[1]} "
+            f"| {row['params']:.2f} | {row['macs']:.2f} | {time} | {row['bytes']:,} | {' | '.join(coded)} "
             f"| {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
         )
     return lines
