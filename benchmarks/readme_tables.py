@@ -174,7 +174,7 @@ def channels(figures: dict[str, Any]) -> list[str]:
 def low_rank(figures: dict[str, Any]) -> list[str]:
     """Returns the table of `low_rank.py`."""
     lines = [
-        "| model | asked | original | plain SVD | whitened | params | MACs | time | bytes | 5-bit codes | whole: 5-bit | 4-bit | 3-bit | s | MB |",
+        "| model | asked | original | plain SVD | whitened | params | MACs | time | bytes | 5-bit codes | whole: 5 | 4 | 3 | s | MB |",
         "|---|---|---|---|---|--:|--:|--:|--:|---|---|---|---|--:|--:|",
     ]
     rows = {(row["name"], row["setting"]): row for row in figures["models"]}
