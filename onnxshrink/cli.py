@@ -309,7 +309,8 @@ def _plan(
 def _check_sensitivity(asked: bool, calib: Path | None, repair: bool, plot: Path | None) -> None:
     for option, value in {"--calib": calib, "--repair": repair or None, "--plot": plot}.items():
         if value is not None and not asked:
-            raise OptionError(must("inspect", option, "left out without --sensitivity", value))
+            needed = "--sensitivity or --ranks" if option == "--calib" else "--sensitivity"
+            raise OptionError(must("inspect", option, f"left out without {needed}", "it"))
 
 
 def _check_report_path(path: Path, inputs: list[Path]) -> None:

@@ -189,12 +189,16 @@ def _allowed(meta: _Meta, kinds: tuple[type, ...]) -> str:
         return "one of " + ", ".join(meta.choices)
     words = _WORDS[kinds[0]]
     if meta.low is not None and meta.high is not None:
-        return f"{words} from {meta.low:g} to {meta.high:g}"
+        return f"{words} from {_number(meta.low)} to {_number(meta.high)}"
     if meta.low is not None:
-        return f"{words}, at least {meta.low:g}"
+        return f"{words}, at least {_number(meta.low)}"
     if meta.high is not None:
-        return f"{words}, at most {meta.high:g}"
+        return f"{words}, at most {_number(meta.high)}"
     return words
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _kebab(name: str) -> str:

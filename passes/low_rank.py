@@ -49,10 +49,10 @@ class LowRank(Pass):
 
     name: ClassVar[str] = "low-rank"
     params: float | None = option(
-        None, "share of the parameters of layers that is left; 0.8 if nothing is given", low=0.01, high=1.0, per_site=False
+        None, "share of the parameters of layers that can be cut that is left; 0.8 if nothing is given", low=0.01, high=1.0, per_site=False
     )
     macs: float | None = option(
-        None, "share of the multiply-accumulates of layers that is left, instead", low=0.01, high=1.0, per_site=False
+        None, "share of the multiply-accumulates of layers that can be cut that is left, instead", low=0.01, high=1.0, per_site=False
     )
     rank: int | None = option(None, "rank of every weight, instead of a budget", low=1, high=1 << 20)
     share: float | None = option(None, "share of its full rank that every weight keeps, instead", low=0.0, high=1.0)
@@ -125,7 +125,7 @@ class LowRank(Pass):
         changes, moved = _cut(graph, [target.weight for target in targets if target.weight.site in cut], cut, context)
         skips = [skip for skip in skips if skip.site not in moved]  # biases are parts of their layers, and not left as they were
         left = sum(one.cost for one in chosen), sum(target.cost for target in targets)
-        return Report(changes, skips, self._notes(*left, context) if targets else [], self._missed(*left))
+        return Report(changes, skips, self._notes(*left, len(changes), context) if targets else [], self._missed(*left))
 
     def _targets(self, graph: Graph, context: Context) -> tuple[list[Target], list[Rule | None], list[Skip]]:
         macs = _macs(graph, context) if self.macs is not None else {}
@@ -172,11 +172,11 @@ class LowRank(Pass):
             found |= {target.weight.site: one for target, one in zip(others, best, strict=True)}
         return [found[target.weight.site] for target in targets]
 
-    def _notes(self, left: float, whole: float, context: Context) -> list[str]:
-        unit = "multiply-accumulates" if self.macs is not None else "parameters"
-        notes = [f"{unit} of layers that can be cut x {left / max(whole, 1.0):.3f} of the model as it came to this pass"]
-        if context.activations is None:
-            why = "there is no calibration data to say what layers meet" if self.repair else "without repair, calibration data says nothing"
+    def _notes(self, left: float, whole: float, cut: int, context: Context) -> list[str]:
+        unit = "macs" if self.macs is not None else "params"
+        notes = [f"{unit} x {left / max(whole, 1.0):.3f} of the layers that can be cut, as they came to this pass"]
+        if cut and context.activations is None:
+            why = "no calibration inputs were left to say what layers meet" if self.repair else "repair is off"
             notes.append(f"weights change least, not outputs: {why}")
         return notes
 
@@ -184,7 +184,9 @@ class LowRank(Pass):
         budget = self.budget
         if budget is None or left <= (budget[1] + _CLOSE) * whole:
             return ""
-        return f"asked for {budget[0]} x {budget[1]:g}; x {left / whole:.3f} is the least that pieces which pay can have"
+        asked = "asked for" if getattr(self, budget[0]) is not None else "the default is"
+        steps = f", ranks in steps of {self.block} (round)" if self.block > 1 else ""
+        return f"{asked} {budget[0]} x {budget[1]:g}; x {left / whole:.3f} is what pieces that pay can have, with rules as they are{steps}"
 
 
 def _macs(graph: Graph, context: Context) -> Mapping[int, float]:
@@ -204,7 +206,8 @@ def _whole(target: Target, rule: Rule | None) -> str:
     known = f"(break-even rank {paying[0].break_even(unit)[0]} of {paying[0].full[0]})"
     if rule is not None:
         return f"stays whole: pieces as its rank, share, energy or error asks for would save nothing {known}"
-    return f"stays whole: others lose less for what they save, or pieces take longer {known}"
+    slower = ", or pieces take longer" if target.by_work else ""
+    return f"stays whole: others lose less for what they save{slower} {known}"
 
 
 def _that_pay(graph: Graph, options: Sequence[Option], context: Context) -> list[Option]:

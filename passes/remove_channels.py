@@ -74,7 +74,8 @@ class RemoveChannels(Pass):
         per_site=False,
     )
     round: str = option(
-        "auto", "widths are multiples of this: a number, none, or auto for the block that this processor computes at a time", per_site=False
+        "auto", "widths are multiples of this: a number, none, or auto: the block that this processor computes at a time, 1 with params",
+        per_site=False,
     )
     heads: bool = option(True, "whether attention loses whole heads; otherwise the same places of every head", per_site=False)
     repair: bool = option(True, "whether the layers that read channels make up for those that go", per_site=False)
@@ -84,8 +85,15 @@ class RemoveChannels(Pass):
         given = [name for name in _MEASURES if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(f"{self.name}: {' and '.join(given[:2])} are two targets; give one of them")
+        if given and self.keep is not None:
+            raise OptionError(f"{self.name}: keep gives every group its share, so {given[0]} has nothing to say; give one of them")
         if self.round not in ("auto", "none") and not (self.round.isdecimal() and 1 <= int(self.round) <= 1024):
             raise OptionError(must(self.name, "round", "auto, none or a number from 1 to 1024", repr(self.round)))
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Returns the pass with some options changed for a site: its own share takes the place of the target."""
+        own: dict[str, Any] = dict.fromkeys(_MEASURES) if options.get("keep") is not None else {}
+        return replace(self, **{**own, **options})
 
     @property
     def budget(self) -> Budget | None:
@@ -154,7 +162,8 @@ class RemoveChannels(Pass):
             if group.reason is not None:
                 reasons[id(group)] = str(group.reason)
             elif len(given) < len(chosen):
-                reasons[id(group)] = "left alone by a rule"
+                named = next(weight.site for weight, options in zip(members, chosen, strict=True) if options is None)
+                reasons[id(group)] = f"left alone by a rule, for '{named}' or what is coupled with it"
             elif integers := [weight.constant.dtype for weight in members if weight.computes and not is_float(weight.constant.dtype)]:
                 reasons[id(group)] = f"a weight holds {integers[0]} values; remove channels before quantizing"
             elif any(not np.isfinite(weight.constant.values).all() for weight in members if is_float(weight.constant.dtype)):
@@ -199,13 +208,16 @@ class RemoveChannels(Pass):
 
     def _uncut(self, group: ChannelGroup, bound: Bounds, choices: int) -> str:
         """Returns why a group that could be cut was not."""
-        if bound.keep is not None:
-            return f"keeps all of its {group.size} channels by its own share (keep)"
         if choices > 1:
             return f"all {group.size} channels stay: others cost less for what they save"
-        if self.block > 1:
+        blocks = f" in blocks of {self.block} (round)" if self.block > 1 else ""
+        if group.size <= self.block:
             return f"its {group.size} channels fill no more than one block of {self.block}: fewer would save no time (round=none cuts them)"
-        return f"its {group.size} channels are the least it may keep (least)"
+        if bound.least > 0 and (bound.keep is None or bound.keep <= bound.least):
+            return f"at least {bound.least:.3g} of its {group.size} channels stay (least), which leaves none to go{blocks}"
+        if bound.keep is not None:
+            return f"all of its {group.size} channels are nearest to {bound.keep:.3g} of them (keep){blocks}"
+        return f"its {group.size} channels leave none to go{blocks}"
 
     def _notes(self, plan: Plan, cut: int, groups: int, context: Context) -> list[str]:
         """Returns what was reached, and what is worth knowing of the way."""
@@ -214,7 +226,18 @@ class RemoveChannels(Pass):
         if cut and self.round == "auto" and self.block > 1:
             notes.append(f"widths are multiples of {self.block}, which this processor computes at a time; round=N is for another one")
         if context.activations is None:
-            notes.append("there is no calibration data: what channels hold was guessed from the weights that compute them")
+            notes += self._without_data(cut)
+        return notes
+
+    def _without_data(self, cut: int) -> list[str]:
+        """Returns what was asked for and could not be done without calibration inputs, and what was done instead."""
+        notes = []
+        if self.scope == "sensitivity":
+            notes.append("scope sensitivity measures on calibration inputs, and none were left for this pass: scores were summed instead")
+        if self.criterion == "activation":
+            notes.append("criterion activation goes by calibration inputs, and none were left for this pass: l2 stood for it")
+        if cut and (self.repair or self.criterion in ("auto", "reconstruction")):
+            notes.append("no calibration inputs were left for this pass: what channels hold was guessed from the weights that compute them")
         return notes
 
     def _missed(self, plan: Plan) -> str:
@@ -223,8 +246,9 @@ class RemoveChannels(Pass):
         if budget is None or plan.shares[budget.measure] <= budget.share + _CLOSE:
             return ""
         blocks = f" in blocks of {self.block} (round)" if self.block > 1 else ""
+        asked = "asked for" if getattr(self, budget.measure) is not None else "the default is"
         reached = f"{budget.measure} x {plan.shares[budget.measure]:.3f}"
-        return f"asked for {budget.measure} x {budget.share:g}; {reached} is what the groups that can be cut have to give{blocks}"
+        return f"{asked} {budget.measure} x {budget.share:g}; {reached} is what can be had with rules, least and heads as they are{blocks}"
 
 
 def _stored_bytes(graph: Graph) -> int:
@@ -246,7 +270,10 @@ def _answers(
         for tensor in dict.fromkeys(member.tensor for member in group.weights):
             on.setdefault(id(tensor), []).append(group)
     changes, skips = [], []
+    left = {id(constant) for scope in channels.graph.scopes() for constant in scope.graph.constants}
     for weight in known:
+        if id(weight.constant) not in left:  # held sizes, and others took its place
+            continue
         groups = on.get(id(weight.constant), [])
         shape, nbytes = before[weight.site]
         if weight.constant.shape != shape:

@@ -97,9 +97,9 @@ class TestBudgets:
     def test_of_parameters_are_met(self, params: float, data: bool) -> None:
         found, report, _ = run(LowRank(params=params), feeds=feeds_of() if data else None)
         assert params - 0.05 < elements(found) / full() <= params
-        assert report.notes[0] == f"parameters of layers that can be cut x {elements(found) / full():.3f} of the model as it came to this pass"
+        assert report.notes[0] == f"params x {elements(found) / full():.3f} of the layers that can be cut, as they came to this pass"
         assert not report.missed
-        assert any("no calibration data" in note for note in report.notes) == (not data)
+        assert any("no calibration inputs" in note for note in report.notes) == (not data)
 
     @pytest.mark.parametrize("macs", [0.85, 0.5])
     def test_of_work_are_met(self, macs: float) -> None:
@@ -109,7 +109,7 @@ class TestBudgets:
             _, report, result = run(LowRank(macs=macs, round="none"), feeds=feeds, trials=trials)
             counted = [sum((Clock(feeds).macs(load(model)) or {}).values()) for model in (result, NETWORK)]
             assert macs - 0.06 < counted[0] / counted[1] <= macs + 1e-6
-            assert report.notes[0].startswith(f"multiply-accumulates of layers that can be cut x {counted[0] / counted[1]:.3f} ")
+            assert report.notes[0].startswith(f"macs x {counted[0] / counted[1]:.3f} ")
 
     def test_are_four_fifths_of_the_parameters_unless_given(self) -> None:
         assert LowRank().budget == ("params", 0.8)

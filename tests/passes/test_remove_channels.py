@@ -203,15 +203,15 @@ class TestTargets:
     def test_that_are_missed_are_said(self) -> None:
         _, report, _ = run(RemoveChannels(macs=0.1, round="none", least=0.8), PLAIN)
         assert report.missed.startswith("asked for macs x 0.1; macs x 0.")
-        assert report.missed.endswith(" is what the groups that can be cut have to give")
+        assert report.missed.endswith(" is what can be had with rules, least and heads as they are")
         _, report, _ = run(RemoveChannels(channels=0.1, round="8"), PLAIN)
-        assert report.missed == "asked for channels x 0.1; channels x 0.800 is what the groups that can be cut have to give in blocks of 8 (round)"
+        assert report.missed == "asked for channels x 0.1; channels x 0.800 is what can be had with rules, least and heads as they are in blocks of 8 (round)"
 
     def test_that_are_missed_for_want_of_groups_are_said(self) -> None:
         model = build(["MatMul x w1 -> y"], (N, 4), w1=(4, C))
         _, report, _ = run(RemoveChannels(macs=0.5, round="none"), model)
         assert not report.changes
-        assert report.missed == "asked for macs x 0.5; macs x 1.000 is what the groups that can be cut have to give"
+        assert report.missed == "asked for macs x 0.5; macs x 1.000 is what can be had with rules, least and heads as they are"
 
     def test_are_three_quarters_of_the_work_unless_given(self) -> None:
         _, report, _ = run(RemoveChannels(round="none"), PLAIN)
@@ -225,12 +225,17 @@ class TestTargets:
 
 
 class TestOptions:
+    def test_a_share_of_its_own_is_no_target(self) -> None:
+        with pytest.raises(OptionError, match="keep gives every group its share, so macs has nothing to say"):
+            RemoveChannels(macs=0.5, keep=0.3)
+        assert RemoveChannels(macs=0.5).with_options({"keep": 0.3}) == RemoveChannels(keep=0.3)
+
     @pytest.mark.parametrize("data", [True, False])
     @pytest.mark.parametrize("criterion", ["auto", *CHANNEL_CRITERIA])
     def test_criteria(self, criterion: str, data: bool) -> None:
         found, report, _ = run(RemoveChannels(channels=0.5, round="none", criterion=criterion), PLAIN, feeds=feeds_of(PLAIN, 6) if data else None)
         assert width(found) + width(found, "wa") == 10
-        warned = any(note.startswith("there is no calibration data") for note in report.notes)
+        warned = any("no calibration inputs were left" in note or "none were left" in note for note in report.notes)
         assert warned != data
 
     def test_l1_takes_the_least(self) -> None:
