@@ -127,10 +127,10 @@ class TestBudgets:
     def test_that_are_missed_are_said(self) -> None:
         _, report, _ = run(LowRank(params=0.01))
         left = report.notes[0].split(" x ")[1].split()[0]
-        assert report.missed == f"asked for params x 0.01; x {left} is the least that pieces which pay can have"
+        assert report.missed == f"asked for params x 0.01; x {left} is what pieces that pay can have, with rules as they are"
         _, report, _ = run(LowRank(macs=0.5, round="512"))
         assert not report.changes
-        assert report.missed == "asked for macs x 0.5; x 1.000 is the least that pieces which pay can have"
+        assert report.missed == "asked for macs x 0.5; x 1.000 is what pieces that pay can have, with rules as they are"
 
     def test_next_to_ranks_of_single_weights_are_met(self) -> None:
         """What those cost counts, more or less than their share."""
