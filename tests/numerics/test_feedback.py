@@ -259,7 +259,7 @@ class TestRetarget:
         solution = np.linalg.lstsq(now, wanted)[0].T
         found = retarget(matrix, now.T @ now, matrix @ (before - now).T @ now, 1e-12)
         error, least = (np.square(now @ one.T - wanted).sum() for one in (found, solution))
-        assert error <= least + 1e-9 * np.square(wanted).sum()  # weights themselves may be ill-conditioned
+        assert error <= least + 1e-6 * np.square(wanted).sum()  # weights themselves may be ill-conditioned
 
     @given(columns=st.integers(1, 8), ridge=st.floats(1e-3, 10), seed=st.integers(0, 10**6))
     def test_it_is_ridge_regression_on_the_difference(self, columns, ridge, seed):

@@ -130,7 +130,7 @@ class TestBudgets:
         assert report.missed == f"asked for params x 0.01; x {left} is what pieces that pay can have, with rules as they are"
         _, report, _ = run(LowRank(macs=0.5, round="512"))
         assert not report.changes
-        assert report.missed == "asked for macs x 0.5; x 1.000 is what pieces that pay can have, with rules as they are"
+        assert report.missed == "asked for macs x 0.5; x 1.000 is what pieces that pay can have, with rules as they are, ranks in steps of 512 (round)"
 
     def test_next_to_ranks_of_single_weights_are_met(self) -> None:
         """What those cost counts, more or less than their share."""
