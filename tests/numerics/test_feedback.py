@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from onnxshrink.numerics import feedback as feedback_module
@@ -255,11 +255,12 @@ class TestRetarget:
     def test_with_hardly_a_ridge_it_is_least_squares(self, columns, rows, seed):
         before, matrix = inputs(columns, 50, seed), weights(rows, columns, seed)
         now = before * 0.8 + 0.3 * np.random.default_rng(seed).standard_normal(before.shape)
+        assume(np.linalg.cond(now) < 1e4)  # what is left in directions that inputs hardly show is up to the ridge
         wanted = before @ matrix.T
         solution = np.linalg.lstsq(now, wanted)[0].T
         found = retarget(matrix, now.T @ now, matrix @ (before - now).T @ now, 1e-12)
         error, least = (np.square(now @ one.T - wanted).sum() for one in (found, solution))
-        assert error <= least + 1e-6 * np.square(wanted).sum()  # weights themselves may be ill-conditioned
+        assert error <= least + 1e-6 * np.square(wanted).sum()
 
     @given(columns=st.integers(1, 8), ridge=st.floats(1e-3, 10), seed=st.integers(0, 10**6))
     def test_it_is_ridge_regression_on_the_difference(self, columns, ridge, seed):
