@@ -1,8 +1,8 @@
 """Channels removed from real models: what is left of work, bytes and time, and what it does to the outputs on evaluation inputs.
 
-    python benchmarks/channels.py --models /tmp/narrow --json benchmarks/results/channels.json
+    python benchmarks/channels.py --models narrow --json benchmarks/results/channels.json
     python benchmarks/channels.py --only cifar_resnet20 --setting macs=0.75,round=none
-    python benchmarks/channels.py --models /tmp/narrow --latency --json benchmarks/results/channels.json   # of what is there
+    python benchmarks/channels.py --models narrow --latency --json benchmarks/results/channels.json   # of what is there
 
 A row is ``onnxshrink compress --pass tidy --pass remove-channels:SETTING`` from all calibration inputs. ``paid`` in the README is the
 share of the saved work that became saved time. See `harness.py` for the options.

@@ -1,8 +1,8 @@
 """Weights of real models in thin pieces: parameters, work, bytes, and what it does to the outputs on evaluation inputs.
 
-    python benchmarks/low_rank.py --models /tmp/thin --json benchmarks/results/low_rank.json
+    python benchmarks/low_rank.py --models thin --json benchmarks/results/low_rank.json
     python benchmarks/low_rank.py --only minilm_l6_v2 --setting params=0.8
-    python benchmarks/low_rank.py --models /tmp/thin --latency --json benchmarks/results/low_rank.json   # of what is there
+    python benchmarks/low_rank.py --models thin --latency --json benchmarks/results/low_rank.json   # of what is there
 
 A row is ``onnxshrink compress --pass tidy --pass low-rank:SETTING`` from all calibration inputs; with ``repair=false`` weights
 change least, without, outputs. ``shared`` is the file after ``share-weights:bits=5``, ``huffman:raise-opset=true`` and ``shorten-
