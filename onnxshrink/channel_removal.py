@@ -11,7 +11,7 @@ that the layers before it, masked and solved already, give it (`onnxshrink.repai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from onnxshrink.sensitivity import OutputProbe
 __all__ = ["LossCurve", "loss_curves", "mask", "repair_helps"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_WORST = 1e30  # squared drift that stands for outputs that are not finite
 _SHARES = (0.125, 0.25, 0.5, 0.75)  # of a group's channels: how many less are tried out
 _FREE = 1e-12  # of the whole loss: what was thought to cost less may turn out not to
 _TINY = float(np.finfo(np.float64).tiny)
@@ -87,11 +86,15 @@ def loss_curves(
     every = {reader.weight.site: reader.weight for candidate in found for reader in candidate.readers}
     measured = list(curves)
     done = 0
-    for index, (candidate, curve) in enumerate(zip(found, curves, strict=True)):
+
+    def measure(index: int, tried: Iterable[Mapping[str, Array]]) -> None:
+        nonlocal done
+        measured[index] = curves[index].through(trials[index], [probe.loss(one) for one in tried])
+        context.progress(done := done + 1, len(found))
+
+    for index, candidate in enumerate(found):
         if not waiting[index]:  # products of two things computed: what computes the channels is zero instead
-            drifts = [min(probe.squared_drift(_silenced(graph, candidate, curve.order[:count])), _WORST) for count in trials[index]]
-            measured[index] = curve.through(trials[index], drifts)
-            context.progress(done := done + 1, len(found))
+            measure(index, (_silenced(graph, candidate, curves[index].order[:count]) for count in trials[index]))
     for weight, grams in with_grams(graph, list(every.values()), context):
         matrix = weight.layout.forward(weight.constant.values).astype(np.float64)
         for index, left in enumerate(waiting):
@@ -102,10 +105,8 @@ def loss_curves(
                 kept = ~np.isin(reader.owners, curves[index].order[:count])
                 tried[weight.site] = _stored(weight, _masked(matrix, grams if repair else None, kept))
             if not left:
-                drifts = [min(probe.squared_drift(tried), _WORST) for tried in values[index]]
-                measured[index] = curves[index].through(trials[index], drifts)
+                measure(index, values[index])
                 values[index] = []
-                context.progress(done := done + 1, len(found))
     return measured
 
 

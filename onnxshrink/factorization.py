@@ -32,7 +32,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _SPECTRAL = ("channel", "recurrent-input", "two-products")  # whose error at every rank follows from one decomposition
 _RANKS, _FEW_RANKS = 24, 8  # of a form that are considered
 _PROBED = (0.5, 0.8)  # of a weight's cost: where it is tried out what its error does to the outputs
-_TINY, _WORST = float(np.finfo(np.float64).tiny), 1e30
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +300,5 @@ def _effect(target: Target, options: Sequence[Option], grams: Array | None, prob
             matrix = option.form.product(option.form.factor(option.form.matrix, option.ranks, grams))
             with np.errstate(over="ignore"):
                 values = weight.layout.inverse(matrix).astype(weight.constant.dtype)
-            drift = min(probe.squared_drift({weight.site: values}), _WORST)
-            ratios.append(np.log(max(drift, _TINY)) - np.log(option.loss))
+            ratios.append(np.log(max(probe.loss({weight.site: values}), _TINY)) - np.log(option.loss))
     return float(np.exp(np.mean(ratios))) if ratios else 1.0

@@ -19,7 +19,6 @@ from onnxshrink.graph.huffman import is_decoder_scope
 from onnxshrink.graph.huffman_weights import centred
 from onnxshrink.graph.ir import Constant, Graph
 from onnxshrink.graph.weights import Weight, weights
-from onnxshrink.graph.work import multiply_accumulates as node_macs
 from onnxshrink.group_inspection import GroupInfo, group_infos
 from onnxshrink.numerics.code_lengths import entropy_bits
 from onnxshrink.numerics.distribution import distribution
@@ -27,7 +26,7 @@ from onnxshrink.rank_inspection import RankInfo
 from onnxshrink.registry import pass_class, pass_names
 from onnxshrink.runtime import session
 from onnxshrink.synthetic import synthetic_samples
-from onnxshrink.tracing import NodeTrace, multiply_accumulates, trace
+from onnxshrink.tracing import NodeTrace, multiply_accumulates, node_macs, trace
 
 __all__ = ["Inspection", "WeightInfo", "inspect_graph"]
 
@@ -135,17 +134,8 @@ def inspect_graph(graph: Graph, name: str, progress: Callable[[str, int, int], N
         ops=dict(ops.most_common()),
         weights=sorted(infos, key=lambda info: -info.nbytes),
         notes=notes,
-        groups=group_infos(graph, _macs(graph, traces)),
+        groups=group_infos(graph, node_macs(graph, traces)),
     )
-
-
-def _macs(graph: Graph, traces: Mapping[int, NodeTrace]) -> dict[int, float] | None:
-    """Returns the multiply-accumulates of all nodes that ran, by id; None if nothing did."""
-    nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
-    found = {
-        key: float(done.runs * node_macs(nodes[key], done.input_shapes, done.output_shapes)) for key, done in traces.items()
-    }
-    return found or None
 
 
 def _traces(graph: Graph, notes: list[str]) -> Mapping[int, NodeTrace]:

@@ -75,8 +75,7 @@ class Plan:
 
 def known_shapes(graph: Graph, context: Context) -> dict[str, tuple[int, ...]]:
     """Returns the shapes, by name, of tensors that have the same in every run, as one run shows them; nothing without trials."""
-    fixed = fixed_shapes(graph) if context.trials is not None else set()
-    if context.trials is None or not fixed:
+    if context.trials is None or not (fixed := fixed_shapes(graph)):
         return {}
     return {name: shape for name, shape in context.trials.shapes(graph).items() if name in fixed}
 

@@ -26,6 +26,7 @@ __all__ = ["OutputProbe", "folds"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _SAMPLES = 32  # tell layers apart well enough; all of them would make probing the longest part of the work
 _FOLDS, _FEWEST_TO_PART, _MOST_TO_ROTATE = 3, 6, 40
+_WORST = 1e30
 _ELEMENTS = 1 << 24  # of reference outputs that are held, 64 MiB as float32
 
 
@@ -87,6 +88,10 @@ class OutputProbe:
         drifts = [errors[name] / powers[name] for name in self._names if powers[name] > 0]
         worst = float(np.max(drifts, initial=0.0))  # NaN if one is
         return worst if np.isfinite(worst) else float("inf")
+
+    def loss(self, values: Mapping[str, Array]) -> float:
+        """Returns `squared_drift`, or a number larger than any for outputs that are not finite: losses can be added and compared."""
+        return min(self.squared_drift(values), _WORST)
 
 
 def _is_tensor(output: Tensor) -> bool:

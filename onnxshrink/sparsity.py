@@ -39,7 +39,6 @@ __all__ = ["Scope", "curves", "probed_curves", "removed_shares", "sparsify_alone
 Array = np.ndarray[Any, np.dtype[Any]]
 Scope = Literal["layer", "global", "erk", "sensitivity"]
 _LITTLE_EFFORT = 0.25  # of choosing zeros, while layers are compared: a few tenths of a decibel worse, for all alike
-_WORST = 1e30  # squared drift that stands for outputs that are not finite
 
 
 def removed_shares(
@@ -222,8 +221,8 @@ def _drifts(
             drifts.append(float(np.square(sparse - wide).sum() / max(np.square(wide).sum(), np.finfo(np.float64).tiny)))
         else:
             with np.errstate(over="ignore"):
-                drifts.append(probe.squared_drift({weight.site: weight.layout.inverse(sparse).astype(matrix.dtype)}))
-    return [min(drift, _WORST) for drift in drifts]
+                drifts.append(probe.loss({weight.site: weight.layout.inverse(sparse).astype(matrix.dtype)}))
+    return drifts
 
 
 def _points(share: float) -> list[float]:

@@ -24,8 +24,9 @@ from onnxshrink.errors import UnsupportedModelError
 from onnxshrink.graph.files import materialised
 from onnxshrink.graph.ir import Graph, Node
 from onnxshrink.graph.weights import Use
+from onnxshrink.graph.work import multiply_accumulates as products_of
 
-__all__ = ["NodeTrace", "multiply_accumulates", "trace"]
+__all__ = ["NodeTrace", "multiply_accumulates", "node_macs", "trace"]
 
 Shape = tuple[int, ...]
 _KERNEL_SUFFIX = "_kernel_time"
@@ -69,6 +70,15 @@ def trace(graph: Graph, feeds: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> 
                 _shapes(arguments.get("input_type_shape", [])), _shapes(arguments.get("output_type_shape", [])), runs
             )
     return traces
+
+
+def node_macs(graph: Graph, traces: Mapping[int, NodeTrace]) -> dict[int, float] | None:
+    """Returns the multiply-accumulates of the nodes that ran, by id, of bodies too; None if none ran."""
+    nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
+    counts = {
+        key: float(done.runs * products_of(nodes[key], done.input_shapes, done.output_shapes)) for key, done in traces.items()
+    }
+    return {key: count for key, count in counts.items() if count} if traces else None
 
 
 def multiply_accumulates(use: Use, traces: Mapping[int, NodeTrace]) -> int | None:

@@ -13,11 +13,10 @@ import numpy as np
 from onnxshrink.errors import ShrinkError, UnsupportedModelError
 from onnxshrink.graph.excerpt import excerpt
 from onnxshrink.graph.ir import Graph, Variable
-from onnxshrink.graph.work import multiply_accumulates
 from onnxshrink.inputs import Samples
 from onnxshrink.latency import bench
 from onnxshrink.runtime import session
-from onnxshrink.tracing import NodeTrace, trace
+from onnxshrink.tracing import NodeTrace, node_macs, trace
 
 __all__ = ["SampleTrials"]
 
@@ -41,13 +40,7 @@ class SampleTrials:
 
     def macs(self, graph: Graph) -> dict[int, float] | None:
         """Returns the multiply-accumulates of the nodes that ran on the first sample, by id; None if they do not run one by one."""
-        traces = self._traces(graph)
-        nodes = {id(node): node for scope in graph.scopes() for node in scope.graph.nodes}
-        counts = {
-            key: float(done.runs * multiply_accumulates(nodes[key], done.input_shapes, done.output_shapes))
-            for key, done in traces.items()
-        }
-        return {key: count for key, count in counts.items() if count} if traces else None
+        return node_macs(graph, self._traces(graph))
 
     def shapes(self, graph: Graph) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of what the nodes of the main graph computed from the first sample, by name; none where they do not run."""

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
-from onnxshrink.errors import OptionError, must
+from onnxshrink.errors import OptionError
 from onnxshrink.factorization import Option, Rule, Target, by_rules, choose, factor_in_turn, filled, option_lists
 from onnxshrink.graph.channel_costs import inferred_macs
 from onnxshrink.graph.channel_groups import find_channels
@@ -28,9 +28,9 @@ from onnxshrink.graph.edit import constant_bytes, nodes_bytes, set_values
 from onnxshrink.graph.factoring import forms, split
 from onnxshrink.graph.ir import Constant, Graph, Tensor
 from onnxshrink.graph.weights import Weight, weights
-from onnxshrink.numerics.simd import channel_block
 from onnxshrink.options import option
 from onnxshrink.sensitivity import folds
+from onnxshrink.shares import CLOSE, block_of, charged, check_round, gentler
 
 __all__ = ["LowRank"]
 
@@ -38,8 +38,6 @@ _FORMS = ("auto", "channel", "input", "spatial", "tucker2")
 _KERNEL_FORMS = _FORMS[1:]
 _BUDGETS, _RULES = ("params", "macs"), ("rank", "share", "energy", "error")
 _DEFAULT_PARAMS = 0.8
-_GENTLEST, _WEAKER = 0.97, 0.75
-_CLOSE = 0.01  # of a target is close enough not to be mentioned
 _PAYS = 0.98  # of the time of a layer: pieces that take more save none
 
 
@@ -72,8 +70,7 @@ class LowRank(Pass):
         given = [name for name in (*_BUDGETS, *_RULES) if getattr(self, name) is not None] + ["evbmf"] * self.evbmf
         if len(given) > 1:
             raise OptionError(f"{self.name}: {' and '.join(given[:2])} both set the ranks; give one of them")
-        if self.round not in ("auto", "none") and not (self.round.isdecimal() and 1 <= int(self.round) <= 1024):
-            raise OptionError(must(self.name, "round", "auto, none or a number from 1 to 1024", repr(self.round)))
+        check_round(self.name, self.round)
 
     @property
     def budget(self) -> tuple[str, float] | None:
@@ -91,9 +88,7 @@ class LowRank(Pass):
     @property
     def block(self) -> int:
         """Ranks are multiples of it."""
-        if self.round == "auto":
-            return channel_block() if self.macs is not None else 1
-        return 1 if self.round == "none" else int(self.round)
+        return block_of(self.round, for_time=self.macs is not None)
 
     @property
     def sites_are_independent(self) -> bool:
@@ -112,8 +107,9 @@ class LowRank(Pass):
         if self.budget is None:
             return None
         name, left = self.budget
-        gentler: dict[str, Any] = {name: 1 - (1 - left) * _WEAKER}
-        return replace(self, **gentler) if gentler[name] <= _GENTLEST else None
+        share = gentler(left)
+        changed: dict[str, Any] = {name: share}
+        return replace(self, **changed) if share is not None else None
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
@@ -182,7 +178,7 @@ class LowRank(Pass):
 
     def _missed(self, left: float, whole: float) -> str:
         budget = self.budget
-        if budget is None or left <= (budget[1] + _CLOSE) * whole:
+        if budget is None or left <= (budget[1] + CLOSE) * whole:
             return ""
         asked = "asked for" if getattr(self, budget[0]) is not None else "the default is"
         steps = f", ranks in steps of {self.block} (round)" if self.block > 1 else ""
@@ -261,9 +257,7 @@ def _cut(
         ranks = " x ".join(map(str, chosen[weight.site].ranks))
         least = "its outputs lose least" if weight.site in repaired.sites else "it loses least itself"
         changes.append(Change(weight.site, before, after, f"{form.name}, rank {ranks} of {' x '.join(map(str, form.full))}, as {least}"))
-    others = _bytes(graph) - stored - sum(change.bytes_after - change.bytes_before for change in changes)
-    changes[0] = replace(changes[0], bytes_after=changes[0].bytes_after + others)  # nodes belong to all of them
-    return changes, moved
+    return charged(changes, _bytes(graph) - stored), moved  # nodes belong to all of them
 
 
 def _bytes(graph: Graph) -> int:

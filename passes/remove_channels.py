@@ -25,7 +25,7 @@ import numpy as np
 
 from onnxshrink.channel_removal import mask, repair_helps
 from onnxshrink.contract import Change, Context, Pass, Report, Skip
-from onnxshrink.errors import OptionError, must
+from onnxshrink.errors import OptionError
 from onnxshrink.graph.channel_groups import ChannelGroup, Channels, find_channels
 from onnxshrink.graph.channel_readers import Candidate, candidates
 from onnxshrink.graph.cutting import cut_channels
@@ -35,16 +35,13 @@ from onnxshrink.graph.storage import is_float
 from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.importance import CHANNEL_CRITERIA
 from onnxshrink.narrowing import Bounds, Budget, Plan, known_shapes, plan_widths, scored
-from onnxshrink.numerics.simd import channel_block
 from onnxshrink.options import option
+from onnxshrink.shares import CLOSE, block_of, charged, check_round, gentler
 
 __all__ = ["RemoveChannels"]
 
 _MEASURES = ("macs", "params", "channels", "latency")
 _DEFAULT_MACS = 0.75
-_GENTLEST = 0.97  # a cut that leaves more than this saves nothing worth having
-_WEAKER = 0.75
-_CLOSE = 0.01  # of a target is close enough not to be mentioned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +84,7 @@ class RemoveChannels(Pass):
             raise OptionError(f"{self.name}: {' and '.join(given[:2])} are two targets; give one of them")
         if given and self.keep is not None:
             raise OptionError(f"{self.name}: keep gives every group its share, so {given[0]} has nothing to say; give one of them")
-        if self.round not in ("auto", "none") and not (self.round.isdecimal() and 1 <= int(self.round) <= 1024):
-            raise OptionError(must(self.name, "round", "auto, none or a number from 1 to 1024", repr(self.round)))
+        check_round(self.name, self.round)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """Returns the pass with some options changed for a site: its own share takes the place of the target."""
@@ -108,9 +104,7 @@ class RemoveChannels(Pass):
     def block(self) -> int:
         """Widths are multiples of it."""
         budget = self.budget
-        if self.round == "auto":  # bytes are saved by every channel, time is not
-            return 1 if budget is not None and budget.measure == "params" else channel_block()
-        return 1 if self.round == "none" else int(self.round)
+        return block_of(self.round, for_time=budget is None or budget.measure != "params")
 
     @property
     def sites_are_independent(self) -> bool:
@@ -122,9 +116,9 @@ class RemoveChannels(Pass):
         budget = self.budget
         if budget is None:
             return None
-        share = 1 - (1 - budget.share) * _WEAKER
-        gentler: dict[str, Any] = {budget.measure: share}
-        return replace(self, **gentler) if share <= _GENTLEST else None
+        share = gentler(budget.share)
+        changed: dict[str, Any] = {budget.measure: share}
+        return replace(self, **changed) if share is not None else None
 
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
@@ -146,9 +140,7 @@ class RemoveChannels(Pass):
         stored = _stored_bytes(graph)
         moved, notes = self._cut(graph, channels, gone, known, context) if gone else (set[int](), [])
         changes, skips = _answers(channels, known, gone, reasons, before, moved)
-        if changes:  # constants that hold sizes belong to all of them
-            others = _stored_bytes(graph) - stored - sum(change.bytes_after - change.bytes_before for change in changes)
-            changes[0] = replace(changes[0], bytes_after=changes[0].bytes_after + others)
+        changes = charged(changes, _stored_bytes(graph) - stored)  # constants that hold sizes belong to all of them
         return Report(changes, skips, self._notes(plan, len(gone), len(channels.groups), context) + notes, self._missed(plan))
 
     def _bounds(self, channels: Channels, known: Sequence[Weight], context: Context) -> tuple[dict[int, str], dict[int, Bounds]]:
@@ -243,7 +235,7 @@ class RemoveChannels(Pass):
     def _missed(self, plan: Plan) -> str:
         """Returns that the target was missed, if it was."""
         budget = self.budget
-        if budget is None or plan.shares[budget.measure] <= budget.share + _CLOSE:
+        if budget is None or plan.shares[budget.measure] <= budget.share + CLOSE:
             return ""
         blocks = f" in blocks of {self.block} (round)" if self.block > 1 else ""
         asked = "asked for" if getattr(self, budget.measure) is not None else "the default is"

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxshrink.graph.channel_groups import ChannelGroup, Channels
 from onnxshrink.graph.ir import Constant, Node, Tensor
-from onnxshrink.graph.work import multiply_accumulates, multiplying_ops
+from onnxshrink.graph.work import einsum_words, multiply_accumulates, multiplying_ops
 
 __all__ = ["Cost", "channel_count", "inferred_macs", "macs_cost", "stored_cost"]
 
@@ -108,7 +108,7 @@ def _work(node: Node, amount: float) -> Iterator[tuple[float, Axes]]:
         for weight, part in zip((b, rest[0]), parts, strict=True):
             yield amount * part / sum(parts), [(a, 1), (weight, 1), (weight, 2)]
     elif node.op == "Einsum":
-        words = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
+        words = einsum_words(node)
         pairs = [(letter, (tensor, axis)) for word, tensor in zip(words, node.inputs, strict=True) for axis, letter in enumerate(word)]
         yield amount, list(dict(pairs).values())
     else:

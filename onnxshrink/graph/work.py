@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from onnxshrink.graph.ir import Constant, Node
 
-__all__ = ["multiply_accumulates", "multiplying_ops"]
+__all__ = ["einsum_words", "multiply_accumulates", "multiplying_ops"]
 
 Shape = Sequence[int]
 _RECURRENT = ("GRU", "LSTM", "RNN")
@@ -16,6 +16,11 @@ _RECURRENT = ("GRU", "LSTM", "RNN")
 def multiplying_ops() -> tuple[str, ...]:
     """Returns the ops whose work is counted."""
     return ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", *_RECURRENT)
+
+
+def einsum_words(node: Node) -> list[str]:
+    """Returns the letters of the axes of each input of an Einsum."""
+    return str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
 
 
 def multiply_accumulates(node: Node, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -39,9 +44,8 @@ def multiply_accumulates(node: Node, inputs: Sequence[Shape], outputs: Sequence[
     if node.op in _RECURRENT:
         return math.prod(shapes[0][:2]) * (math.prod(shapes[1]) + math.prod(shapes[2]))
     if node.op == "Einsum":
-        words = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
         sizes: dict[str | int, int] = {}
-        for word, shape in zip(words, shapes, strict=True):
+        for word, shape in zip(einsum_words(node), shapes, strict=True):
             before, dots, after = word.partition("...")
             more = range(len(before) + len(after) - len(shape), 0) if dots else ()  # axes of an ellipsis count from the right
             for letter, size in zip([*before, *more, *after], shape, strict=False):

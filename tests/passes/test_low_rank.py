@@ -314,7 +314,7 @@ class TestOptions:
                 assert int(detail.split("rank ")[1].split()[0]) % block == 0
 
     def test_ranks_are_rounded_to_what_the_processor_computes_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("onnxshrink.passes.low_rank.channel_block", lambda: 4)
+        monkeypatch.setattr("onnxshrink.shares.channel_block", lambda: 4)
         assert [LowRank(**options).block for options in ({"macs": 0.5}, {"params": 0.5}, {"rank": 3}, {"macs": 0.5, "round": "2"})] == [4, 1, 1, 2]
 
     @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from onnxshrink.trials import SampleTrials
 from tests import oracle
 from tests.graph.channel_oracle import distance
 from tests.graph.test_channel_rules import CASES, HEADS, C, N, S, between, build, ints, linear, positive
+from tests.test_channel_removal import feeds_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PLAIN = between("Relu h -> a", "Conv a wa ba -> r", channels=8, wa=(8, C, 3, 3), ba=(8,))
@@ -49,15 +50,6 @@ def network() -> Any:
         "wq": (8, C), "bq": (C,), "wk": (8, C), "wv": (8, C), "wo": (C, 8), "split": ints(0, 0, 3, 4), "join": ints(0, 0, C),
     }  # fmt: skip
     return build(lines, (N, 4, S, S), **constants)
-
-
-def feeds_of(model: Any, count: int = 12, seed: int = 0) -> list[Feeds]:
-    """Returns inputs whose channels hang together and have means: only then there is something to make up for."""
-    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    axis = 1 if len(shape) == 4 else -1
-    mix = np.random.default_rng(99).standard_normal((shape[axis], shape[axis]))
-    drawn = [np.random.default_rng([seed, index]).standard_normal(shape) for index in range(count)]
-    return [{"x": np.moveaxis(np.moveaxis(one, axis, -1) @ mix + 0.5, -1, axis).astype(np.float32)} for one in drawn]
 
 
 def samples(feeds: Sequence[Feeds]) -> Samples:
@@ -261,7 +253,7 @@ class TestOptions:
         assert not any(note.startswith("widths are multiples") for note in report.notes)
 
     def test_widths_are_rounded_to_what_the_processor_computes_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("onnxshrink.passes.remove_channels.channel_block", lambda: 4)
+        monkeypatch.setattr("onnxshrink.shares.channel_block", lambda: 4)
         found, report, _ = run(RemoveChannels(macs=0.6), PLAIN)
         assert width(found) in (4, 8, 12)
         assert any(note.startswith("widths are multiples of 4, which this processor computes at a time") for note in report.notes)
