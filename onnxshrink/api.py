@@ -46,6 +46,7 @@ from onnxshrink.runtime import plain_session, session
 from onnxshrink.threads import one_blas_thread
 from onnxshrink.trials import SampleTrials
 from onnxshrink.validate import Comparison, Metric, Reference, Tolerance, compare
+from onnxshrink.variation import Variation
 
 __all__ = ["Compressed", "Expanded", "Verification", "bench", "compress", "expand", "inspect", "load", "verify"]
 
@@ -164,6 +165,7 @@ def compress(
     report_progress("running the original", 0, 0)
     evidence = gather(graph, calibration, seed, validation)
     recipe = asked or default_recipe(tolerance, evidence.given is not None)
+    variation = Variation(graph, seed)
     limits = tolerance if asked is not None and tolerance is not None else recipe.tolerance
     with materialised(graph) as (original, nbytes), ThreadPoolExecutor(_workers()) as executor, one_blas_thread():
         level, complaint = strictest_level(original)
@@ -176,13 +178,13 @@ def compress(
             tolerance=limits,
             level=level,
             seed=seed,
-            activations=Calibration(evidence.given) if evidence.given is not None else None,
+            activations=Calibration(evidence.given, varied=variation) if evidence.given is not None else None,
             executor=executor,
             progress=report_progress,
             trials=SampleTrials(evidence.probing),
         )
         result, steps = run_steps(start, finished(recipe.steps), settings)
-    notes = _notes(evidence, limits, complaint, start.comparison)
+    notes = _notes(evidence, limits, complaint, start.comparison) + ([variation.note] if variation.note else [])
     report = _report(_name(model, graph), start, result, steps, evidence, limits, seed, notes)
     return Compressed(result.graph, report, sources)
 
@@ -315,7 +317,7 @@ def _degradation(
         got = "none" if synthetic else "one"
         raise OptionError(must("inspect", "inputs for repair", "two or more", got, "some repair, the others judge"))
     with ThreadPoolExecutor(_workers()) as executor, one_blas_thread():
-        activations = Calibration(given) if given is not None else None
+        activations = Calibration(given, varied=Variation(graph, seed)) if given is not None else None
         found = degradation(graph, judged, Context(seed, activations=activations, executor=executor), progress)
     if not synthetic:
         return found
@@ -327,7 +329,7 @@ def _ranks(graph: Graph, calibration: InputSource | None, seed: int, progress: P
     activations = None
     if calibration is not None:
         with session(graph, role="original") as running:
-            activations = Calibration(samples_for(graph, running, calibration, seed)[0])
+            activations = Calibration(samples_for(graph, running, calibration, seed)[0], varied=Variation(graph, seed))
     context = Context(seed, activations=activations, progress=lambda done, total: progress("looking at ranks", done, total))
     return rank_infos(graph, context)
 

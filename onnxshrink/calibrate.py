@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -48,12 +48,18 @@ __all__ = ["Calibration"]
 Array = np.ndarray[Any, np.dtype[Any]]
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, leave no large gap (Steinhaus's three-gap theorem)
 _LEAST_SAMPLES, _ENOUGH_POSITIONS = 64, 64  # positions for each column
+_Varied = Callable[[Samples], Samples]
+_Moments = TypeVar("_Moments")
+
+
+def _nothing(data: Samples) -> Samples:
+    return data[:0]
 
 
 class Calibration:
     """The `Activations` of onnxshrink.contract, made by ONNX Runtime."""
 
-    def __init__(self, data: Samples, threads: int | None = None, memory: int = 1 << 30) -> None:
+    def __init__(self, data: Samples, threads: int | None = None, memory: int = 1 << 30, varied: _Varied = _nothing) -> None:
         """Keeps the samples; runs nothing.
 
         Args:
@@ -61,10 +67,13 @@ class Calibration:
             threads: of ONNX Runtime, or None for its choice.
             memory: bytes that Gram matrices in the making may take, with one sample's activations that they are made from;
                 layers that need more together are done one group after the other, and one that needs more alone, alone.
+            varied: makes more samples of those there are, for moments alone, and only where there are too few to settle them; they
+                count for nothing where the model does not run on them, or not without infinities.
         """
         self._data = data
         self._threads = threads
         self._memory = memory
+        self._varied = varied
 
     @property
     def count(self) -> int:
@@ -74,7 +83,7 @@ class Calibration:
     def fold(self, index: int, count: int) -> tuple[Calibration, Calibration]:
         """Returns (the rest, every ``count``-th sample from ``index`` on): what was fitted to the one is judged by the other."""
         rest, fold = self._data.fold(index, count)
-        return Calibration(rest, self._threads, self._memory), Calibration(fold, self._threads, self._memory)
+        return Calibration(rest, self._threads, self._memory, self._varied), Calibration(fold, self._threads, self._memory)
 
     def samples(self, graph: Graph, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
         """Yields, for each calibration sample, the values of the named tensors of the main graph, by name.
@@ -120,9 +129,15 @@ class Calibration:
 
         groups = list(_groups(list(jobs), needs, self._memory))
         names = [running.wanted(one for ways in group for one in ways) for group in groups]
-        relay = self._relay(running.graph, names, [()] * len(groups), self._mixed(), self._memory)
+
+        def start(parts: Sequence[Samples]) -> Callable[[int], dict[Lowering, Gram]]:
+            unchanged, memory = [()] * len(groups), self._memory // len(parts)
+            relays = [self._relay(running.graph, names, unchanged, data, memory) for data in parts]
+            return lambda number: self._sums(running, groups[number], relays, number)
+
+        sums = self._varied_if_possible(start)
         for number, group in enumerate(groups):
-            moments = self._sums(running, group, relay, number)
+            moments = sums(number)
             for ways in group:
                 total = reduce(add, [moments[one] for one in ways])
                 yield from ((weight, total) for weight in jobs[ways])
@@ -166,13 +181,18 @@ class Calibration:
                 return {**pairing.nbytes(job, jobs), **{name: sizes()[name] for name in pairing.wanted([job], jobs)[0]}}
 
             portions += [(jobs, group) for group in _groups(list(jobs), needs, half)]
-        data = _read_once(self._mixed())
         changed = [[weight.constant for ways in group for weight in jobs[ways]] for jobs, group in portions]
         asked = [pairing.wanted(group, jobs) for jobs, group in portions]
-        mine = self._relay(graph, [names for names, _ in asked], changed, data, half)
-        theirs = self._relay(before.graph, [names for _, names in asked], [()] * len(asked), data, half)
-        for number, (jobs, group) in enumerate(portions):
-            yield self._paired_sums(PairedSums(pairing, group, jobs), (mine, theirs), number)
+
+        def start(parts: Sequence[Samples]) -> Callable[[int], list[tuple[Weight, PairedGram]]]:
+            relays, memory = [], half // len(parts)
+            for data in map(_read_once, parts):
+                mine = self._relay(graph, [names for names, _ in asked], changed, data, memory)
+                theirs = self._relay(before.graph, [names for _, names in asked], [()] * len(asked), data, memory)
+                relays.append((mine, theirs))
+            return lambda number: self._paired_sums(PairedSums(pairing, portions[number][1], portions[number][0]), relays, number)
+
+        yield from map(self._varied_if_possible(start), range(len(portions)))
 
     def _relay(
         self,
@@ -201,36 +221,75 @@ class Calibration:
         sizes = {name: 4 * math.prod(first[shape].tolist()) for name, shape in shapes.items()}
         return {name: sizes.get(name, 0) for name in names}
 
-    def _sums(self, running: Running, group: Iterable[Lowerings], relay: Relay, number: int) -> dict[Lowering, Gram]:
+    def _sums(self, running: Running, group: Iterable[Lowerings], relays: Sequence[Relay], number: int) -> dict[Lowering, Gram]:
         """Returns the moments of all lowerings of a group, from a run over the samples, or as many as it takes."""
         ways = {one for job in group for one in job}
         sums = {one: GramSum(running.title(one), one.groups, one.columns) for one in ways}
-        for done, values in enumerate(relay.values(number)):
-            if not _suffices(done, sums.values()):
-                for one, total in sums.items():
-                    with _refusals():
-                        for chunk in one.chunks(running.values(one, values)):
-                            total.add(chunk)
-            elif not relay.hands_on:
-                break
+
+        def add(values: Mapping[str, Array]) -> None:
+            for one, total in sums.items():
+                for chunk in one.chunks(running.values(one, values)):
+                    total.add(chunk)
+
+        _run([(relay,) for relay in relays], number, sums.values(), add)
         with _refusals():
             return {one: total.result() for one, total in sums.items()}
 
-    def _paired_sums(self, sums: PairedSums, relays: tuple[Relay, Relay], number: int) -> list[tuple[Weight, PairedGram]]:
+    def _paired_sums(
+        self, sums: PairedSums, relays: Sequence[tuple[Relay, Relay]], number: int
+    ) -> list[tuple[Weight, PairedGram]]:
         """Returns the moments of a group, from a run of both graphs over the samples, or as many as it takes."""
-        runs = zip(*(relay.values(number) for relay in relays), strict=True)
-        for done, (values, originals) in enumerate(runs):
-            if not _suffices(done, sums.grams.values()):
-                with _refusals():
-                    sums.add(values, originals)
-            elif not any(relay.hands_on for relay in relays):
-                break
+        _run(relays, number, sums.grams.values(), sums.add)
         with _refusals():
             return sums.result()
 
-    def _mixed(self) -> Samples:
-        """Returns the samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
-        return self._data.take(sorted(range(len(self._data)), key=lambda index: (index * _GOLDEN) % 1.0))
+    def _varied_if_possible(self, start: Callable[[Sequence[Samples]], Callable[[int], _Moments]]) -> Callable[[int], _Moments]:
+        """Returns a function that makes the moments of a portion, from the real samples alone once the others turn out not to do.
+
+        What was made up may lead to infinities, or through branches that do not run: no reason to give up.
+
+        Args:
+            start: makes that function for real samples and, if there are any, others; portions are asked for in order, and maybe not
+                from the first on.
+        """
+        real, more = _spread(self._data), _spread(self._varied(self._data))
+        makers = [start(parts) for parts in ([[real, more]] if more else []) + [[real]]]
+
+        def moments(number: int) -> _Moments:
+            try:
+                return makers[0](number)
+            except ValidationError:
+                if len(makers) == 1:
+                    raise
+                del makers[0]
+            return makers[0](number)
+
+        return moments
+
+
+def _spread(data: Samples) -> Samples:
+    """Returns samples in an order whose beginnings are spread evenly: files often hold one class after the other."""
+    return data.take(sorted(range(len(data)), key=lambda index: (index * _GOLDEN) % 1.0))
+
+
+def _run(
+    parts: Sequence[tuple[Relay, ...]], number: int, sums: Collection[GramSum], add: Callable[..., None]
+) -> None:
+    """Adds the values of a portion, in one graph or in several side by side, for as many samples as it takes.
+
+    A part of the samples that is not needed is not even begun, whatever later portions may want of it: they can start from the inputs.
+    """
+    done = 0
+    for relays in parts:
+        if _suffices(done, sums):
+            return
+        for values in zip(*(relay.values(number) for relay in relays), strict=True):
+            if not _suffices(done, sums):
+                with _refusals():
+                    add(*values)
+            done += 1
+            if not any(relay.hands_on for relay in relays) and _suffices(done, sums):
+                return
 
 
 def _groups(

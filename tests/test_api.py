@@ -16,17 +16,20 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnxshrink
+from onnxshrink import api
 from onnxshrink.api import bench, compress, expand, inspect, verify
 from onnxshrink.contract import Context, Pass, Report, Step
 from onnxshrink.errors import InputsError, ModelReadError, OutputError, UnsupportedModelError, ValidationError
 from onnxshrink.graph.exporter import to_model
 from onnxshrink.graph.files import load
 from onnxshrink.graph.ir import Graph
+from onnxshrink.inputs import Samples
 from onnxshrink.passes.share_weights import ShareWeights
 from onnxshrink.passes.sparsify import Sparsify
 from onnxshrink.passes.tidy import Tidy
 from onnxshrink.recipe import default_recipe, parse_recipe
 from onnxshrink.validate import Metric, Tolerance
+from onnxshrink.variation import Variation
 from tests import oracle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -260,6 +263,98 @@ class TestSamples:
     def test_that_do_not_fit_are_refused(self) -> None:
         with pytest.raises(InputsError, match="'z' is no input of the model"):
             compress(MODEL, calibration={"z": X})
+
+
+def sentences(count: int, words: int = 40, length: int = 6) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(count)
+    return [{"ids": rng.integers(0, words, length)} for _ in range(count)]
+
+
+def reader(echo: bool = False) -> onnx.ModelProto:
+    """Returns a model that looks rows up in a table and multiplies them; with ``echo`` their numbers are put out as well."""
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["e"]),
+        helper.make_node("MatMul", ["e", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "w2"], ["y"]),
+    ]
+    outputs = [oracle.tensor("y", ["n", 4])]
+    if echo:
+        nodes.append(helper.make_node("Identity", ["ids"], ["same"]))
+        outputs.append(oracle.tensor("same", ["n"], onnx.TensorProto.INT64))
+    values = [oracle.value("table", normal(300, 8)), oracle.value("w1", normal(8, 16)), oracle.value("w2", normal(16, 4))]
+    return oracle.make_model(nodes, [oracle.tensor("ids", ["n"], onnx.TensorProto.INT64)], outputs, values)
+
+
+class TestRandomRows:
+    """Copies of samples with other rows of tables (`onnxshrink.variation`): passes are fitted to them, nothing is judged by them."""
+
+    NOTE = "calibration inputs are few: layers were fitted to {} copies of them with random ids as well"
+
+    @staticmethod
+    def notes(model: onnx.ModelProto, subject: Pass, **inputs: Any) -> list[str]:
+        return [note for note in compress(model, [subject], **inputs).report.notes if "copies" in note]
+
+    def test_are_told_of_exactly_where_they_were_looked_at(self) -> None:
+        few, fit = sentences(12), Sparsify(sparsity=0.5, scope="layer", pack=False)
+        assert self.notes(reader(), fit, calibration=few) == [self.NOTE.format(4 * 9)]
+        assert self.notes(reader(), fit, calibration=few[:8], validation=few[8:]) == [self.NOTE.format(4 * 8)]
+        assert self.notes(reader(), Tidy(), calibration=few) == []  # fits nothing
+        assert self.notes(reader(), fit) == []  # nothing to copy
+        assert self.notes(reader(), fit, validation=few) == []
+        assert self.notes(reader(echo=True), fit, calibration=few) == []  # its inputs are more than numbers of rows
+        assert self.notes(reader(), fit, calibration=few[:1] * 8) == []  # nothing varies
+        assert self.notes(MODEL, fit, calibration={"x": X}) == []
+        enough = sentences(90, length=20)  # 67 for passes: 64 of them have 80 positions for each of 16 columns
+        assert self.notes(reader(), fit, calibration=enough) == []
+        assert self.notes(reader(), fit, calibration=enough[:84]) != []
+
+    def test_are_the_same_each_time_and_go_by_the_seed(self) -> None:
+        few, fit = sentences(12), Sparsify(sparsity=0.5, scope="layer", pack=False)
+        results = [compress(reader(), [fit], calibration=few, seed=seed) for seed in (0, 0, 1)]
+        assert written(results[0].to_model()) == written(results[1].to_model()) != written(results[2].to_model())
+        assert results[0].report.notes == results[1].report.notes
+
+    def test_are_made_of_what_passes_see_and_judge_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[bytes] = []
+        judged: list[bytes] = []
+
+        class Spy(Variation):
+            def __call__(self, data: Samples) -> Samples:
+                given.extend(feeds["ids"].tobytes() for feeds in data)
+                return super().__call__(data)
+
+        def judge(original: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> float:
+            judged.extend(outputs["y"].tobytes() for outputs in original)
+            return 0.0
+
+        monkeypatch.setattr(api, "Variation", Spy)
+        inputs = sentences(20)
+        report = compress(reader(), [Sparsify(sparsity=0.5, pack=False)], calibration=inputs, metrics={"judge": judge}).report
+        running = oracle.session(reader())
+        of = {oracle.run(running, feeds)[0].tobytes(): feeds["ids"].tobytes() for feeds in inputs}
+        assert judged
+        assert {of[outputs] for outputs in judged}.isdisjoint(given)
+        assert set(given) | {of[outputs] for outputs in judged} == {feeds["ids"].tobytes() for feeds in inputs}
+        assert (report.calibration_samples, report.validation_samples) == (15, 5)
+
+    def test_are_used_where_a_model_is_inspected(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[int] = []
+
+        class Spy(Variation):
+            def __call__(self, data: Samples) -> Samples:
+                asked.append(len(data))
+                return super().__call__(data)
+
+        monkeypatch.setattr(api, "Variation", Spy)
+        inspect(reader(), ranks=True, calibration=sentences(8))
+        assert set(asked) == {8}
+        asked.clear()
+        inspect(reader(), sensitivity=True, repair=True, calibration=sentences(8))
+        assert set(asked) == {6}
+        asked.clear()
+        inspect(reader(), sensitivity=True, calibration=sentences(8))
+        assert asked == []
 
 
 class TestReport:

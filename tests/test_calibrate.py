@@ -524,3 +524,164 @@ def test_every_convolution_of_a_real_model_has_a_gram() -> None:
         eigenvalues = np.linalg.eigvalsh(gram.matrix[0])
         assert eigenvalues[0] >= -1e-5 * eigenvalues[-1]
         assert eigenvalues[-1] > 0
+
+
+GROWING = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 3] x) => (float[N, 2] y)
+    <float[3, 4] first = {1, -2, 3, 4, 5, -6, 1, 2, 3, 4, 5, 6}, float[4, 2] last = {1, 2, 3, 4, 5, 6, 7, 8}>
+    { n = Neg(x) h = MatMul(n, first) e = Exp(h) y = MatMul(e, last) }"""
+
+
+class TestMoreSamples:
+    """Those that `varied` makes: for moments alone, after the real ones, where these are too few, and where they do."""
+
+    @staticmethod
+    def alike(count: int, scale: float = 1.0, read: list[int] | None = None) -> Samples:
+        """Returns samples that tell of themselves: the first column counts them."""
+
+        def load(index: int) -> Feeds:
+            if read is not None:
+                read.append(index)
+            return {"x": np.array([[scale * (index + 1), 1, -1], [0, 0, 2]], np.float32)}
+
+        return Samples(load, range(count), "more")
+
+    @staticmethod
+    def both(calibration: Calibration, graph: Graph, edited_first: bool = False) -> list[dict[str, Gram]]:
+        """Returns the moments in both ways: alone, and those of now in pairs, the weights rewritten in turn or not."""
+        copy = graph.copy()
+        found = {weight.site: weight for weight in weights(copy)}
+        paired = {}
+        for portion in calibration.paired_grams(copy, graph, [[found["first"]], [found["last"]]]):
+            for weight, pair in portion:
+                paired[weight.site] = pair.now
+                if edited_first:
+                    weight.constant.values = weight.constant.values * np.float32(0.5)
+        return [grams(calibration, graph), paired]
+
+    def test_are_added_to_the_moments_and_to_nothing_else(self) -> None:
+        graph, more = load(parser.parse_model(TWO_LAYERS)), self.alike(5)
+        calibration = Calibration(data(), varied=lambda given: more)
+        assert calibration.count == 3
+        assert [values["x"].tolist() for values in calibration.samples(graph, ["x"])] == [feeds["x"].tolist() for feeds in data()]
+        rows = np.concatenate([-feeds["x"] for feeds in (*data(), *more)])
+        for found in self.both(calibration, graph):
+            assert found["first"].count == 16
+            np.testing.assert_allclose(found["first"].matrix[0], dense(rows), rtol=1e-5)
+
+    def test_are_made_of_all_samples(self) -> None:
+        given: list[Samples] = []
+        list(Calibration(data(7), varied=lambda one: [given.append(one), one[:0]][1]).grams(chain(), weights(chain())))
+        assert [len(one) for one in given] == [7]
+
+    def test_come_after_the_real_ones(self) -> None:
+        read: list[str] = []
+        real, more = data(9), self.alike(4)
+
+        def tell(name: str, one: Samples) -> Samples:
+            return Samples(lambda index: [read.append(name), one[index]][1], range(len(one)), name)
+
+        graph = chain()
+        list(Calibration(tell("real", real), varied=lambda given: tell("more", more)).grams(graph, weights(graph)))
+        assert read[-13:] == ["real"] * 9 + ["more"] * 4
+
+    @pytest.mark.parametrize("count", [64, 65, 100])
+    def test_are_not_looked_at_where_the_real_ones_do(self, count: int) -> None:
+        """64 positions for each of 4 columns, and 64 samples: one more is not even read."""
+        read: list[int] = []
+        graph = load(parser.parse_model(TWO_LAYERS))
+        real = {"x": np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)}
+        seen: list[int] = []
+        samples = Samples(lambda index: [seen.append(index), real][1], range(count), "test")
+        calibration = Calibration(samples, memory=1, varied=lambda given: self.alike(9, read=read))
+        alone = {weight.site: gram for weight, gram in calibration.grams(graph, [one for one in weights(graph) if one.site == "last"])}
+        assert alone["last"].count == 4 * 64
+        assert len(seen) <= 64 + 1  # and the first once more, for its shapes
+        assert [gram.count for found in self.both(calibration, graph) for gram in found.values()] == [256] * 5
+        assert read == []
+
+    @pytest.mark.parametrize(("count", "positions"), [(63, 100), (64, 3), (200, 1)])
+    def test_are_looked_at_where_there_are_too_few(self, count: int, positions: int) -> None:
+        read: list[int] = []
+        graph = load(parser.parse_model(TWO_LAYERS))
+        real = {"x": np.ones((positions, 3), np.float32)}
+        samples = Samples(lambda index: real, range(count), "test")
+        list(Calibration(samples, varied=lambda given: self.alike(300, read=read)).grams(graph, weights(graph)))
+        assert len(read) > 0
+
+    def test_of_a_fold_are_made_of_the_rest_alone(self) -> None:
+        def varied(given: Samples) -> Samples:
+            return Samples(lambda index: {"x": -given[index]["x"]}, range(len(given)), "more")
+
+        graph = chain()
+        rest, fold = Calibration(data(7), varied=varied).fold(1, 3)
+        assert (rest.count, fold.count) == (5, 2)
+        held = {1, 4}
+        fitted = np.concatenate([feeds["x"] for index, feeds in enumerate(data(7)) if index not in held])
+        judged = np.concatenate([feeds["x"] for index, feeds in enumerate(data(7)) if index in held])
+        np.testing.assert_allclose(grams(rest, graph)["w"].matrix[0], 2 * dense(fitted), rtol=1e-5)
+        np.testing.assert_allclose(grams(fold, graph)["w"].matrix[0], dense(judged), rtol=1e-5)  # real ones judge
+        inner, _ = rest.fold(0, 5)
+        assert grams(inner, graph)["w"].count == 2 * 2 * 4
+
+    @pytest.mark.parametrize("memory", [1, 1 << 30])
+    @pytest.mark.parametrize("edited_first", [False, True])
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_that_lead_to_infinities_are_left_out(self, memory: int, edited_first: bool, count: int) -> None:
+        """From the layer on that does not bear them: a stage before may have been rewritten with them."""
+        graph, more = load(parser.parse_model(GROWING)), self.alike(count, scale=-1e4)
+        given = Calibration(data(), memory=memory, varied=lambda one: more)
+        real = Calibration(data(), memory=memory)
+        for found, expected in zip(self.both(given, graph, edited_first), self.both(real, graph, edited_first), strict=True):
+            assert list(found) == ["first", "last"]
+            assert found["last"].count == 6
+            np.testing.assert_allclose(found["last"].matrix, expected["last"].matrix, rtol=1e-6)
+        assert self.both(given, graph)[1]["first"].count == 6 + 2 * count
+
+    @pytest.mark.parametrize("memory", [1, 1 << 30])
+    def test_that_do_not_run_are_left_out(self, memory: int) -> None:
+        graph = load(parser.parse_model(TWO_LAYERS))
+        bad = Samples(lambda index: {"x": np.ones((2, 5), np.float32)}, range(4), "more")
+        for found in self.both(Calibration(data(), memory=memory, varied=lambda one: bad), graph):
+            assert [gram.count for gram in found.values()] == [6] * len(found)
+
+    @pytest.mark.parametrize("more", [0, 4])
+    def test_do_not_hide_what_is_wrong_with_real_ones(self, more: int) -> None:
+        graph = load(parser.parse_model(GROWING))
+        calibration = Calibration(self.alike(3, scale=-1e4), varied=lambda given: self.alike(more))
+        with pytest.raises(ValidationError, match="must be finite"):
+            grams(calibration, graph)
+        with pytest.raises(ValidationError, match="must be finite"):
+            self.both(calibration, graph)
+
+    @pytest.mark.parametrize("memory", [1, 1 << 30])
+    def test_are_looked_at_by_the_portions_that_want_them(self, memory: int) -> None:
+        """The first and the last of three have 3 positions for each of 6 columns: after one that wants no more, they are taken up again."""
+        text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 6] x) => (float[N, 2] y) {
+            h = MatMul(x, first) e = Tanh(h) m = MatMul(e, mid) r = Relu(m) y = MatMul(r, last) }"""
+        rng, model = np.random.default_rng(0), parser.parse_model(text)
+        for name, shape in (("first", (6, 1)), ("mid", (1, 6)), ("last", (6, 2))):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+        more = data(200, shape=(3, 6))[70:]
+        original = load(model)
+        read: set[int] = set()
+        varied = Samples(lambda index: [read.add(index), more[index]][1], range(130), "more")
+        graph = original.copy()
+        found = {weight.site: weight for weight in weights(graph)}
+        counts: dict[str, int] = {}
+        known: list[tuple[str, PairedGram]] = []
+        calibration = Calibration(data(64, shape=(3, 6)), memory=memory, varied=lambda given: varied)
+        for portion in calibration.paired_grams(graph, original, [[found[name]] for name in ("first", "mid", "last")]):
+            for weight, pair in portion:
+                counts[weight.site] = pair.now.count
+                known.append((weight.site, pair))
+                weight.constant.values = weight.constant.values * np.float32(0.5)
+            assert len(read) >= 64
+        assert counts == {"first": 384, "mid": 192, "last": 384}
+        taken = [*data(64, shape=(3, 6)), *varied]
+        order = sorted(range(130), key=lambda index: (index * (5**0.5 - 1) / 2) % 1.0)[:64]
+        taken = taken[:64] + [taken[64 + index] for index in order]
+        x = np.concatenate([feeds["x"] for feeds in taken])
+        w = {constant.name: constant.values for constant in original.constants}
+        now = np.maximum(np.tanh(x @ w["first"] / 2) @ w["mid"] / 2, 0)
+        before = np.maximum(np.tanh(x @ w["first"]) @ w["mid"], 0)
+        check_pair(known[-1][1], [(before - now) @ w["last"]], [now])
