@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxshrink.report import format_share
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,30 +176,68 @@ def channels(figures: dict[str, Any]) -> list[str]:
 def low_rank(figures: dict[str, Any]) -> list[str]:
     """Returns the table of `low_rank.py`."""
     lines = [
-        "| model | asked | original | plain SVD | whitened | params | MACs | time | bytes | 5-bit codes | whole: 5 | 4 | 3 | s | MB |",
-        "|---|---|---|---|---|--:|--:|--:|--:|---|---|---|---|--:|--:|",
+        "| model | asked | original | plain SVD | whitened, repaired | params | MACs | time | bytes | s | MB |",
+        "|---|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     rows = {(row["name"], row["setting"]): row for row in figures["models"]}
     for (name, setting), row in rows.items():
         if "whole" in setting or "repair=false" in setting:
             continue
         if "error" in row:
-            lines.append(f"| {name} | {setting} | {row['error']} |||||||||||||")
+            lines.append(f"| {name} | {setting} | {row['error']} |||||||||")
             continue
-        plain, wholes = rows.get((name, f"{setting},repair=false")), [rows.get((name, f"whole,bits={bits}")) for bits in (5, 4, 3)]
-        coded = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" if one is not None else "–" for one in (row, *wholes)]
+        plain, same = rows.get((name, f"{setting},repair=false")), rows.get((name, "same ranks,repair=false"))
+        plains = [_score(plain, 1)] * (plain is not None) + [f"at the same ranks {_score(same, 1)}" for same in [same] if same is not None]
         time = f"{row['latency']:.2f}" if "latency" in row else ""
         lines.append(
-            f"| {name} | {setting} | {_score(row, 0)} | {_score(plain, 1) if plain is not None else '–'} | {_score(row, 1)} "
-            f"| {row['params']:.2f} | {row['macs']:.2f} | {time} | {row['bytes']:,} | {' | '.join(coded)} "
-            f"| {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
+            f"| {name} | {setting} | {_score(row, 0)} | {'; '.join(plains) or '–'} | {_score(row, 1)} "
+            f"| {row['params']:.2f} | {row['macs']:.2f} | {time} | {row['bytes']:,} | {row['seconds']:.0f} | {row['peak_mb']:.0f} |"
         )
+    return lines
+
+
+def low_rank_coded(figures: dict[str, Any]) -> list[str]:
+    """Returns the bytes of coded factors of `low_rank.py` next to those of coded whole weights of the same SQNR."""
+    lines = [
+        "| model | asked | factors, 5 bits | whole, 5 bits | 4 bits | 3 bits | whole, that SQNR | factors over whole |",
+        "|---|---|---|---|---|---|--:|--:|",
+    ]
+    rows = {(row["name"], row["setting"]): row for row in figures["models"] if "error" not in row}
+    for (name, setting), row in rows.items():
+        if "whole" in setting or "repair=false" in setting:
+            continue
+        wholes = [rows[name, f"whole,bits={bits}"] for bits in (5, 4, 3)]
+        cells = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" for one in (row, *wholes)]
+        least = min(one["shared"]["sqnr_db"] for one in wholes)
+        wanted = max(row["shared"]["sqnr_db"], least)
+        known = np.array(sorted((one["shared"]["sqnr_db"], np.log2(one["shared_bytes"])) for one in wholes))
+        same = 2 ** np.interp(wanted, *known.T)
+        below = "< " if row["shared"]["sqnr_db"] < least else ""
+        over = f"{'> ' if below else ''}{row['shared_bytes'] / same:.2f}"
+        lines.append(f"| {name} | {setting} | {' | '.join(cells)} | {below}{same:,.0f} | {over} |")
     return lines
 
 
 def _coded(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the figures of the coded file of a row."""
     return {**row["shared"], "spearman": row["spearman"][::2]} if "spearman" in row else row["shared"]
+
+
+def factor_speed(figures: dict[str, Any]) -> list[str]:
+    """Returns what whitened factors take, of `factor_speed.py`, next to the textbook's way."""
+    lines = [
+        "| matrix | rank | s | textbook, s | peak memory over the float32 matrix | textbook's | error of outputs | textbook's |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in figures["cases"].items():
+        size, kind, share = name.split()
+        if kind == "whitened" and share not in ("textbook", "spectrum"):
+            other = figures["cases"][f"{size} whitened textbook"]
+            lines.append(
+                f"| {size} | {share} | {row['seconds']:.2f} | {other['seconds']:.2f} | {row['peak_of_float32']:.1f} "
+                f"| {other['peak_of_float32']:.1f} | {row['output_error']:.4f} | {other['cut'][share]['output_error']:.4f} |"
+            )
+    return lines
 
 
 def channel_coverage(figures: dict[str, Any]) -> list[str]:
@@ -252,6 +292,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "sparse_forms": ("sparse_forms", sparse_forms),
     "channels": ("channels", channels),
     "low_rank": ("low_rank", low_rank),
+    "low_rank_coded": ("low_rank", low_rank_coded),
+    "factor_speed": ("factor_speed", factor_speed),
     "channel_coverage": ("channel_coverage", channel_coverage),
     "prune_methods": ("prune_speed", prune_methods),
     "huffman_session": ("huffman_session", huffman_session),

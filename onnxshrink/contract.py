@@ -152,6 +152,7 @@ class Context:
         activations: calibration data, or None.
         executor: for parallel work, or None to work in this thread.
         trials: runs of whole graphs, on a sample that may be synthetic, or None where nothing is to run.
+        rounded_later: whether a pass that comes after this one rounds weights, so that what it makes must bear that.
         progress: called with the number of sites done and their total.
     """
 
@@ -161,6 +162,7 @@ class Context:
     executor: Executor | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
     trials: Trials | None = None
+    rounded_later: bool = False
     _met: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @property
@@ -171,25 +173,31 @@ class Context:
     def options(self, default: _PassT, names: Iterable[str]) -> _PassT | None:
         """Returns the pass with the options that hold for a site of these names, or None when a rule skips it."""
         names = list(names)
-        chosen: dict[str, Any] = {}
-        skip = False
+        chosen, skip = default, False
         for rule in self.rules:
             if rule.matches(names):
                 self._met.add(rule.match)
                 skip = skip if rule.skip is None else rule.skip
-                chosen.update(rule.options)
-        return None if skip else default.with_options(chosen)
+                chosen = chosen.with_options(rule.options)
+        return None if skip else chosen
 
     def rng(self, site: str) -> np.random.Generator:
         """Returns a generator that depends on the seed and the site alone, not on the order of work."""
         return np.random.default_rng([self.seed, zlib.crc32(site.encode())])
 
-    def map(self, function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-        """Returns the results in order, computed by the executor, and reports progress as they come."""
+    def map(self, function: Callable[[_In], _Out], items: Sequence[_In], done: int = 0, total: int | None = None) -> list[_Out]:
+        """Returns the results in order, computed by the executor, and reports progress as they come.
+
+        Args:
+            function: called from several threads.
+            items: what it is called with.
+            done: how many were done before, where these are a part of the work.
+            total: of the work; these alone by default.
+        """
         results = []
         for result in (self.executor.map if self.executor else map)(function, items):
             results.append(result)
-            self.progress(len(results), len(items))
+            self.progress(done + len(results), len(items) if total is None else total)
         return results
 
 
@@ -199,6 +207,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     runs_last: ClassVar[bool] = False  # passes that others want to end with (`finish_with`) come before it nevertheless
+    rounds_weights: ClassVar[bool] = False  # whether it moves weights off their values: to levels, to zero
 
     def __post_init__(self) -> None:
         check_options(self.name, self)

@@ -10,82 +10,30 @@ before it, factored already, give it (`onnxshrink.repair`), and then cut where i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from onnxshrink.contract import Context
-from onnxshrink.graph.factor_forms import Form, Pieces, Ranks
+from onnxshrink.factor_options import Option, Target, layer_losses, layer_options, singular_values, worth_their_cost
+from onnxshrink.graph.factor_forms import Form, Pieces
 from onnxshrink.graph.ir import Graph
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.low_rank import spectrum
 from onnxshrink.numerics.ranks import evbmf_rank
-from onnxshrink.numerics.widths import Ladder, choose_widths, rungs
+from onnxshrink.numerics.widths import Ladder, choose_widths
 from onnxshrink.repair import Repaired, rewrite_in_turn, with_grams
 from onnxshrink.sensitivity import OutputProbe
 
-__all__ = ["Option", "Rule", "Target", "by_rules", "choose", "factor_in_turn", "filled", "option_lists", "singular_values"]
+__all__ = ["Rule", "by_rules", "choose", "factor_in_turn", "filled", "option_lists"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_SPECTRAL = ("channel", "recurrent-input", "two-products")  # whose error at every rank follows from one decomposition
-_RANKS, _FEW_RANKS = 24, 8  # of a form that are considered
 _PROBED = (0.5, 0.8)  # of a weight's cost: where it is tried out what its error does to the outputs
+_TRIED = 4  # ranks that seem small enough
+_AT_ONCE = 1 << 28  # bytes of Gram matrices that are held while layers are looked at side by side
 _TINY = float(np.finfo(np.float64).tiny)
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A weight that may be factored.
-
-    Attributes:
-        weight: it.
-        forms: in which it may be cut.
-        cost: of the weight as it is, in the unit of the budget.
-        by_work: whether that is multiply-accumulates; else it is parameters.
-        block: ranks are multiples of it.
-    """
-
-    weight: Weight
-    forms: tuple[Form, ...]
-    cost: float
-    by_work: bool = False
-    block: int = 1
-
-    def cost_at(self, form: Form, ranks: Ranks) -> float:
-        """Returns what the pieces of a form cost at some ranks."""
-        return self.cost * (form.macs(ranks) if self.by_work else form.parameters(ranks)) / form.whole
-
-    def paying(self, form: Form) -> list[Ranks]:
-        """Returns the ranks of a form that cost less than the weight, largest first."""
-        full = max(form.full)
-        every = dict.fromkeys(form.at(width / full) for width in rungs(full, self.block, self.block))
-        return [ranks for ranks in every if self.cost_at(form, ranks) < self.cost]
-
-    def ranks(self, form: Form, *, every: bool = False) -> list[Ranks]:
-        """Returns some of them, evenly spread, that are tried out; all if that is asked for and costs next to nothing."""
-        paying, most = self.paying(form), _RANKS if form.kind in _SPECTRAL else _FEW_RANKS
-        if every and form.kind in _SPECTRAL:
-            return paying
-        return [paying[index] for index in np.unique(np.linspace(0, len(paying) - 1, most).round().astype(int))] if paying else []
-
-
-@dataclass(frozen=True, eq=False)
-class Option:
-    """What may become of a weight.
-
-    Attributes:
-        form: None for the weight as it is.
-        ranks: of the form.
-        cost: in the unit of the budget.
-        loss: squared, relative: of the layer's outputs, or, once that was tried out, of the model's.
-    """
-
-    form: Form | None
-    ranks: Ranks
-    cost: float
-    loss: float
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -116,18 +64,15 @@ def by_rules(graph: Graph, targets: Sequence[Target], rules: Sequence[Rule], con
         rules: one for each.
         context: with activations, which whiten.
     """
-    found: dict[str, Option] = {}
-    of = {target.weight.site: (target, rule) for target, rule in zip(targets, rules, strict=True)}
-    for weight, grams in with_grams(graph, [target.weight for target in targets], context):
-        found[weight.site] = _by_rule(*of[weight.site], grams)
-        context.progress(len(found), len(targets))
-    return [found[target.weight.site] for target in targets]
+    of = {target.weight.site: rule for target, rule in zip(targets, rules, strict=True)}
+    return _each(graph, targets, context, lambda target, grams: _by_rule(target, of[target.weight.site], grams))
 
 
 def _by_rule(target: Target, rule: Rule, grams: Array | None) -> Option:
     if rule.energy is not None or rule.error is not None:
         limit = 1 - rule.energy if rule.energy is not None else float(rule.error or 0.0) ** 2
-        return next(option for option in reversed(_options(target, grams, every=True)) if option.loss <= limit)
+        fitting = [option for form in target.forms for option in _smallest(target, form, grams, limit)]
+        return min(fitting, key=lambda option: option.cost, default=Option(None, (), target.cost, 0.0))
     found = []
     for form in target.forms:
         full = max(form.full)
@@ -140,8 +85,19 @@ def _by_rule(target: Target, rule: Rule, grams: Array | None) -> Option:
             wanted = _rounded(float(rule.share or 0.0) * full, target.block) / full
         ranks = form.at(min(wanted, 1.0))
         if (cost := target.cost_at(form, ranks)) < target.cost:
-            found.append(Option(form, ranks, cost, _losses(form, [ranks], grams)[0]))
-    return min(found, key=lambda option: option.loss, default=Option(None, (), target.cost, 0.0))
+            found.append(Option(form, ranks, cost, layer_losses(form, [ranks], grams)[0]))
+    return next(iter(worth_their_cost(found)[-1:]), Option(None, (), target.cost, 0.0))
+
+
+def _smallest(target: Target, form: Form, grams: Array | None, limit: float) -> list[Option]:
+    """Returns the option of a form of least cost that loses no more than a limit, as far as a few ranks tell; none if none does."""
+    every = target.ranks(form, every=True)[::-1]
+    ranks = [ranks for ranks, loss in zip(every, layer_losses(form, every, grams), strict=True) if loss <= limit]
+    for tried in ranks[:: max(len(ranks) // _TRIED, 1)]:  # what was measured at other ranks may not hold here
+        (loss,) = layer_losses(form, [tried], grams)
+        if loss <= limit:
+            return [Option(form, tried, target.cost_at(form, tried), loss)]
+    return []
 
 
 def _rounded(rank: float, block: int) -> int:
@@ -163,15 +119,37 @@ def option_lists(graph: Graph, targets: Sequence[Target], context: Context, prob
         context: with activations, which whiten; without any, losses are those of the weights themselves.
         probe: on other inputs: losses are then those of the model's outputs.
     """
-    by_site = {target.weight.site: target for target in targets}
-    found: dict[str, list[Option]] = {}
-    for weight, grams in with_grams(graph, [target.weight for target in targets], context):
-        target = by_site[weight.site]
-        options = _options(target, grams)
+
+    def options_of(target: Target, grams: Array | None) -> list[Option]:
+        options = layer_options(target, grams)
         factor = 1.0 if probe is None or len(options) < 2 else _effect(target, options, grams, probe)
-        found[weight.site] = [replace(option, loss=option.loss * factor) for option in options]
-        context.progress(len(found), len(targets))
+        return [replace(option, loss=option.loss * factor) for option in options]
+
+    return _each(graph, targets, context, options_of)
+
+
+def _each(
+    graph: Graph, targets: Sequence[Target], context: Context, function: Callable[[Target, Array | None], _Found]
+) -> list[_Found]:
+    """Returns f(target, Gram matrices of what it meets) for each, computed by the executor, as many at once as memory allows."""
+    by_site = {target.weight.site: target for target in targets}
+    found: dict[str, _Found] = {}
+    for pairs in _portions(with_grams(graph, [target.weight for target in targets], context)):
+        results = context.map(lambda pair: function(by_site[pair[0].site], pair[1]), pairs, len(found), len(targets))
+        found |= {weight.site: result for (weight, _), result in zip(pairs, results, strict=True)}
     return [found[target.weight.site] for target in targets]
+
+
+def _portions(pairs: Iterator[tuple[Weight, Array | None]]) -> Iterator[list[tuple[Weight, Array | None]]]:
+    """Yields weights with their Gram matrices in portions of some bytes."""
+    portion: list[tuple[Weight, Array | None]] = []
+    for pair in pairs:
+        portion.append(pair)
+        if sum(grams.nbytes for _, grams in portion if grams is not None) > _AT_ONCE:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 def choose(lists: Sequence[Sequence[Option]], budget: float, fixed: float = 0.0) -> list[Option]:
@@ -243,52 +221,6 @@ def factor_in_turn(
         return option.form.product(pieces[weight.site])
 
     return pieces, rewrite_in_turn(graph, weights, rewrite, context)
-
-
-def singular_values(form: Form, grams: Array | None) -> Array:
-    """Returns the whitened singular values of a weight, of all groups of rows: float64 [groups, smaller side], descending."""
-    geometry = form.geometry
-    if form.kind == "recurrent-input" and grams is not None:  # directions meet the same inputs
-        grams = grams.mean(axis=0, keepdims=True)
-    values: Array = spectrum(form.matrix.reshape(geometry.groups, geometry.outputs, -1), grams)
-    return values
-
-
-def _options(target: Target, grams: Array | None, *, every: bool = False) -> list[Option]:
-    """Returns the options of one weight, their losses those of its layer."""
-    tried = [
-        Option(form, ranks, target.cost_at(form, ranks), loss)
-        for form in target.forms
-        for tried_ranks in [target.ranks(form, every=every)]
-        for ranks, loss in zip(tried_ranks, _losses(form, tried_ranks, grams), strict=True)
-    ]
-    kept: list[Option] = []
-    for option in sorted(tried, key=lambda option: (option.cost, option.loss)):
-        if not kept or option.loss < kept[-1].loss:
-            kept.append(option)
-    return [Option(None, (), target.cost, 0.0), *reversed(kept)]
-
-
-def _losses(form: Form, every: Sequence[Ranks], grams: Array | None) -> list[float]:
-    """Returns the squared error of a layer's outputs at each of several ranks, relative to their squares."""
-    if not every:
-        return []
-    if form.kind in _SPECTRAL:
-        squares = np.square(singular_values(form, grams))
-        total = max(float(squares.sum()), _TINY)
-        return [float(squares[:, ranks[0] :].sum()) / total for ranks in every]
-    matrix = form.matrix
-    return [_error(matrix, form.product(form.factor(matrix, ranks, grams)), grams) for ranks in every]
-
-
-def _error(matrix: Array, product: Array, grams: Array | None) -> float:
-    """Returns the squared error of a layer's outputs relative to their squares; of its weights where inputs are not known."""
-    change = product - matrix
-    if grams is None:
-        return float(np.square(change).sum()) / max(float(np.square(matrix).sum()), _TINY)
-    parts = zip(np.split(change, len(grams)), np.split(matrix, len(grams)), grams, strict=True)
-    wrong, right = np.sum([(np.sum(one @ gram * one), np.sum(other @ gram * other)) for one, other, gram in parts], axis=0)
-    return float(max(wrong, 0.0) / max(right, _TINY))
 
 
 def _effect(target: Target, options: Sequence[Option], grams: Array | None, probe: OutputProbe) -> float:

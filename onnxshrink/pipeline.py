@@ -48,6 +48,7 @@ class Settings:
         executor: for parallel work within a pass, or None.
         progress: called with what is being done, the part done and the total.
         trials: runs of whole graphs, for passes that ask for them, or None.
+        rounded_later: whether a step after this one rounds weights.
     """
 
     reference: Reference
@@ -60,6 +61,7 @@ class Settings:
     executor: Executor | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     trials: Trials | None = None
+    rounded_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def run_steps(good: Candidate, steps: Sequence[Step], settings: Settings) -> tup
     for number, step in enumerate(steps, 1):
         prefix = f"{step.run.name} ({number} of {len(steps)})"
         start = time.perf_counter()
+        mine = dataclasses.replace(settings, rounded_later=any(later.run.rounds_weights for later in steps[number:]))
         try:
-            good, report = _run_step(good, step, settings, prefix)
+            good, report = _run_step(good, step, mine, prefix)
         except Exception as error:  # of a third party's weaker() or spared(): what is good by now stands, and the run goes on
             reason = f"it raised {type(error).__name__}: {error}"
             report = _report(step.run, step.run, "dropped", [reason], good, _Attempt(Report(), None), start)
@@ -212,7 +215,9 @@ def _rewrite(
 ) -> tuple[Graph | None, Report, str]:
     """Applies a pass to a copy; returns the sorted graph, or None and what is wrong."""
     graph = good.graph.copy()
-    context = Context(settings.seed, step.rules, settings.activations, settings.executor, progress, settings.trials)
+    context = Context(
+        settings.seed, step.rules, settings.activations, settings.executor, progress, settings.trials, settings.rounded_later
+    )
     try:
         report = step.run.apply(graph, context)
         unmet = [f"rule '{match}' matched no site" for match in context.unmet_rules]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.contract import Context
-from onnxshrink.factorization import singular_values
+from onnxshrink.factor_options import singular_values
 from onnxshrink.graph.factor_forms import Form
 from onnxshrink.graph.factoring import forms
 from onnxshrink.graph.ir import Graph

@@ -4,6 +4,7 @@
     Conv                k x k then 1 x 1 (channel), 1 x 1 then k x k (input), k x 1 then 1 x k (spatial), 1 x 1, k x k, 1 x 1 (tucker2)
     ConvTranspose       the same, as far as attributes allow
     LSTM, GRU, RNN      the input weight, its first piece shared by all directions
+    interpolative       some outputs as they were, the others from these: fewer parameters at the same rank, for all but the last
 
 With the Gram matrix H = L L^T of what the layer meets, U V is the truncated SVD of W L times L^-1: of all products of rank r it changes
 the OUTPUT least, by the sum of the squared singular values that were cut (SVD-LLM, arXiv 2403.07378). Without calibration inputs H is
@@ -19,26 +20,30 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from onnxshrink.contract import Change, Context, Pass, Report, Skip
+from onnxshrink.contract import Context, Pass, Report, Skip
 from onnxshrink.errors import OptionError
-from onnxshrink.factorization import Option, Rule, Target, by_rules, choose, factor_in_turn, filled, option_lists
+from onnxshrink.factor_cutting import cut_in_turn
+from onnxshrink.factor_options import Option, Target
+from onnxshrink.factor_timing import that_pay
+from onnxshrink.factorization import Rule, by_rules, choose, filled, option_lists
 from onnxshrink.graph.channel_costs import inferred_macs
 from onnxshrink.graph.channel_groups import find_channels
-from onnxshrink.graph.edit import constant_bytes, nodes_bytes, set_values
-from onnxshrink.graph.factoring import forms, split
-from onnxshrink.graph.ir import Constant, Graph, Tensor
-from onnxshrink.graph.weights import Weight, weights
+from onnxshrink.graph.dequantized import dequantized_copy, is_dequantized, obstacle
+from onnxshrink.graph.factor_forms import Form
+from onnxshrink.graph.factoring import forms
+from onnxshrink.graph.ir import Graph
+from onnxshrink.graph.weights import weights
 from onnxshrink.options import option
 from onnxshrink.sensitivity import folds
-from onnxshrink.shares import CLOSE, block_of, charged, check_round, gentler
+from onnxshrink.shares import CLOSE, block_of, check_round, gentler
 
 __all__ = ["LowRank"]
 
-_FORMS = ("auto", "channel", "input", "spatial", "tucker2")
-_KERNEL_FORMS = _FORMS[1:]
+_OF_KERNELS = ("channel", "input", "interpolative", "spatial", "tucker2")
+_OF_PRODUCTS = ("interpolative", "two-products")
+_FORMS = ("auto", "factors", *sorted({*_OF_KERNELS, *_OF_PRODUCTS}))
 _BUDGETS, _RULES = ("params", "macs"), ("rank", "share", "energy", "error")
 _DEFAULT_PARAMS = 0.8
-_PAYS = 0.98  # of the time of a layer: pieces that take more save none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,12 @@ class LowRank(Pass):
     energy: float | None = option(None, "share of the squared singular values that every weight keeps, instead", low=0.0, high=1.0)
     error: float | None = option(None, "relative error of the outputs of every layer, instead", low=0.0, high=1.0)
     evbmf: bool = option(False, "ranks by empirical variational Bayes, instead")
-    form: str = option("auto", "into which pieces kernels are cut; auto takes what loses least for its cost", choices=_FORMS)
+    form: str = option(
+        "auto",
+        "into which pieces weights are cut, where they have such a form: auto takes what loses least for its cost, factors so all but"
+        " interpolative, which bear no codes",
+        choices=_FORMS,
+    )
     round: str = option(
         "auto",
         "ranks are multiples of this: a number, none, or auto for the block that this processor computes at a time, with params none",
@@ -102,6 +112,13 @@ class LowRank(Pass):
             own = {**dict.fromkeys((*_BUDGETS, *_RULES)), "evbmf": False}
         return replace(self, **{**own, **options})
 
+    def wants(self, form: Form, context: Context) -> bool:
+        """Whether weights may be cut so: the option says it only of those that can have such pieces at all."""
+        if self.form == "factors" or (self.form == "auto" and context.rounded_later):
+            return form.kind != "interpolative"
+        meant = _OF_KERNELS if form.geometry.is_kernel else () if form.kind == "recurrent-input" else _OF_PRODUCTS
+        return self.form == form.kind or self.form not in meant
+
     def weaker(self) -> Self | None:
         """Returns the pass with 3/4 of the cut."""
         if self.budget is None:
@@ -114,16 +131,20 @@ class LowRank(Pass):
     def apply(self, graph: Graph, context: Context) -> Report:
         """Edits the graph in place."""
         context = context if self.repair else replace(context, activations=None)
-        targets, rules, skips = self._targets(graph, context)
-        chosen = self._options(graph, targets, rules, context)
+        work = dequantized_copy(graph)
+        targets, rules, skips = self._targets(work, _bytes_per_element(graph), context)
+        skips += _others(graph, [*(target.weight.site for target in targets), *(skip.site for skip in skips)])
+        chosen = self._options(work, targets, rules, context)
         cut = {target.weight.site: one for target, one in zip(targets, chosen, strict=True) if one.form is not None}
         skips += [Skip(one.weight.site, _whole(one, rule)) for one, rule in zip(targets, rules, strict=True) if one.weight.site not in cut]
-        changes, moved = _cut(graph, [target.weight for target in targets if target.weight.site in cut], cut, context)
-        skips = [skip for skip in skips if skip.site not in moved]  # biases are parts of their layers, and not left as they were
+        changes, moved = cut_in_turn(graph, cut, context)
+        skips = [skip for skip in skips if skip.site not in moved]  # biases and scales are parts of their layers, not left as they were
         left = sum(one.cost for one in chosen), sum(target.cost for target in targets)
         return Report(changes, skips, self._notes(*left, len(changes), context) if targets else [], self._missed(*left))
 
-    def _targets(self, graph: Graph, context: Context) -> tuple[list[Target], list[Rule | None], list[Skip]]:
+    def _targets(
+        self, graph: Graph, bytes_per_element: Mapping[str, float], context: Context
+    ) -> tuple[list[Target], list[Rule | None], list[Skip]]:
         macs = _macs(graph, context) if self.macs is not None else {}
         targets, rules, skips = [], [], []
         for weight, found in forms(graph, weights(graph)):
@@ -132,20 +153,19 @@ class LowRank(Pass):
                 skips.append(Skip(weight.site, "left alone by a rule"))
             elif isinstance(found, str):
                 skips.append(Skip(weight.site, found))
-            elif weight.obstacle is not None:
-                skips.append(Skip(weight.site, weight.obstacle))
-            elif any(node.op == "DequantizeLinear" for use in weight.uses for node in use.path):
-                skips.append(Skip(weight.site, "is scaled by DequantizeLinear: pieces of what is stored would not be"))
+            elif reason := (obstacle(graph, weight) if is_dequantized(weight) else weight.obstacle):
+                skips.append(Skip(weight.site, reason))
             elif not np.isfinite(weight.constant.values).all():
                 skips.append(Skip(weight.site, "holds NaN or infinity"))
             elif self.budget is None and chosen.rule is None:
                 skips.append(Skip(weight.site, "no rank is set for it"))
-            elif not (mine := [form for form in found if chosen.form in ("auto", form.kind) or form.kind not in _KERNEL_FORMS]):
+            elif not (mine := [form for form in found if chosen.wants(form, context)]):
                 skips.append(Skip(weight.site, f"cannot be cut in the form {chosen.form}"))
             else:
                 work = sum(macs.get(id(use.node), 0.0) for use in weight.uses)
                 cost = float(work if self.macs is not None else mine[0].whole)
-                targets.append(Target(weight, tuple(mine), cost, self.macs is not None, self.block))
+                price = mine[0].dtype.itemsize / bytes_per_element[weight.site]
+                targets.append(Target(weight, tuple(mine), cost, self.macs is not None, self.block, price))
                 rules.append(chosen.rule)
         return targets, rules, skips
 
@@ -159,18 +179,20 @@ class LowRank(Pass):
         if budget is not None and others:
             fitting, probe = folds(graph, context)[0]
             lists = option_lists(graph, others, fitting, probe)
-            timed = budget[0] == "macs" and context.trials is not None
-            if timed:
-                lists = [_that_pay(graph, options, context) for options in lists]
+            trials = context.trials if budget[0] == "macs" else None
+            if trials is not None:
+                lists = [that_pay(graph, options, trials) for options in lists]
             total, spent = sum(target.cost for target in targets), sum(one.cost for one in found.values())
             best = choose(lists, budget[1] * total, spent)
-            best = filled(others, best, budget[1] * total - spent - sum(one.cost for one in best), lists if timed else None)
+            best = filled(others, best, budget[1] * total - spent - sum(one.cost for one in best), lists if trials is not None else None)
             found |= {target.weight.site: one for target, one in zip(others, best, strict=True)}
         return [found[target.weight.site] for target in targets]
 
     def _notes(self, left: float, whole: float, cut: int, context: Context) -> list[str]:
         unit = "macs" if self.macs is not None else "params"
         notes = [f"{unit} x {left / max(whole, 1.0):.3f} of the layers that can be cut, as they came to this pass"]
+        if self.form == "auto" and context.rounded_later:
+            notes.append("no interpolative pieces, which a later pass that rounds weights would ruin; form=interpolative asks for them")
         if cut and context.activations is None:
             why = "no calibration inputs were left to say what layers meet" if self.repair else "repair is off"
             notes.append(f"weights change least, not outputs: {why}")
@@ -195,70 +217,22 @@ def _whole(target: Target, rule: Rule | None) -> str:
     if target.by_work and not target.cost:
         return "does no work as far as is known, so none can be saved"
     paying = [form for form in target.forms if target.paying(form)]
-    unit: Any = "macs" if target.by_work else "parameters"
+    form = max(paying or target.forms, key=lambda form: target.break_even(form)[0] / form.full[0])
+    known = f"(break-even rank {target.break_even(form)[0]} of {form.full[0]})"
     if not paying:
-        form = target.forms[0]
-        return f"pieces would save nothing: break-even rank {form.break_even(unit)[0]} of {form.full[0]}, ranks in steps of {target.block}"
-    known = f"(break-even rank {paying[0].break_even(unit)[0]} of {paying[0].full[0]})"
+        return f"pieces would save nothing, ranks in steps of {target.block} {known}"
     if rule is not None:
         return f"stays whole: pieces as its rank, share, energy or error asks for would save nothing {known}"
     slower = ", or pieces take longer" if target.by_work else ""
     return f"stays whole: others lose less for what they save{slower} {known}"
 
 
-def _that_pay(graph: Graph, options: Sequence[Option], context: Context) -> list[Option]:
-    """Returns the options whose pieces take less time than the layer as it is, as far as a few of each form tell when they are run."""
-    most: dict[str, float] = {}
-    for name in dict.fromkeys(one.form.name for one in options if one.form is not None):
-        mine = [one for one in options if one.form is not None and one.form.name == name]
-        tried = [mine[index] for index in sorted({0, len(mine) // 2, len(mine) - 1})]
-        most[name] = next((one.cost for one in tried if _time(graph, one, context) < _PAYS), 0.0)
-    return [one for one in options if one.form is None or one.cost <= most[one.form.name]]
+def _others(graph: Graph, named: Sequence[str]) -> list[Skip]:
+    """Returns why scales and zero points, which the copy without DequantizeLinear does not have, stay as they are."""
+    found = [weight for weight in weights(graph) if weight.site not in named]
+    return [Skip(weight.site, weight.obstacle or "belongs to DequantizeLinear") for weight in found]
 
 
-def _time(graph: Graph, one: Option, context: Context) -> float:
-    """Returns the time of a layer in pieces over that of the layer as it is."""
-    assert one.form is not None
-    assert context.trials is not None
-    copy = graph.copy()
-    twin = next(weight for weight in weights(copy) if weight.site == one.form.weight.site)
-    pieces = tuple(np.ones(shape, one.form.dtype) for shape in one.form.shapes(one.ranks))
-    node = one.form.weight.uses[0].node
-    assert node is not None
-    split(copy, replace(one.form, weight=twin), pieces)
-    outputs = [tensor.name for tensor in node.outputs if tensor.name][:1]
-    inputs = [tensor.name for tensor in node.inputs if tensor.name and not isinstance(tensor, Constant) and not _is_fixed(tensor)]
-    return context.trials.part_ratio(graph, copy, inputs, outputs)
-
-
-def _is_fixed(tensor: Tensor) -> bool:
-    """Whether a tensor follows from constants alone."""
-    makers = list(tensor.inputs)
-    return isinstance(tensor, Constant) or (bool(makers) and all(_is_fixed(source) for maker in makers for source in maker.inputs))
-
-
-def _cut(
-    graph: Graph, targets: Sequence[Weight], chosen: Mapping[str, Option], context: Context
-) -> tuple[list[Change], set[str]]:
-    """Factors weights in turn and puts the pieces in their place; returns the sites of biases that moved as well."""
-    if not targets:
-        return [], set()
-    pieces, repaired = factor_in_turn(graph, chosen, targets, context)
-    for constant, values in repaired.biases.values():
-        set_values(constant, values)
-    touched = {id(constant) for constant, _ in repaired.biases.values()}
-    moved = {weight.site for weight in weights(graph) if id(weight.constant) in touched}
-    changes, stored = [], _bytes(graph)
-    for weight in targets:
-        form, before = chosen[weight.site].form, constant_bytes(weight.constant, graph)
-        assert form is not None
-        made = split(graph, form, pieces[weight.site])
-        after = sum(constant_bytes(constant, graph) for constant in made.constants)
-        ranks = " x ".join(map(str, chosen[weight.site].ranks))
-        least = "its outputs lose least" if weight.site in repaired.sites else "it loses least itself"
-        changes.append(Change(weight.site, before, after, f"{form.name}, rank {ranks} of {' x '.join(map(str, form.full))}, as {least}"))
-    return charged(changes, _bytes(graph) - stored), moved  # nodes belong to all of them
-
-
-def _bytes(graph: Graph) -> int:
-    return nodes_bytes(graph.nodes) + sum(constant_bytes(constant, graph) for constant in graph.constants)
+def _bytes_per_element(graph: Graph) -> dict[str, float]:
+    """Returns by site what an element of a weight takes in a file."""
+    return {weight.site: weight.constant.nbytes / weight.constant.size for weight in weights(graph)}

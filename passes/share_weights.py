@@ -75,6 +75,7 @@ class ShareWeights(Pass):
     """Stores weights as codebook and codes: exactly where few values occur, else by k-means or on a uniform grid."""
 
     name: ClassVar[str] = "share-weights"
+    rounds_weights: ClassVar[bool] = True
     bits: int = option(8, "bits per code, at most 2^bits values: 1 to 8; or 16, which stores float16", low=1, high=16)
     method: str = option("auto", "how values are grouped; exact changes none", choices=("auto", "exact", "kmeans", "uniform"))
     per: str = option(

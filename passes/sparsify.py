@@ -54,6 +54,7 @@ class Sparsify(Pass):
     """Zeroes the least important weights and makes up for them: unstructured, N:M along the input channels, in blocks, rows or columns."""
 
     name: ClassVar[str] = "sparsify"
+    rounds_weights: ClassVar[bool] = True
     sparsity: float | None = option(None, "share of weights set to zero; N:M patterns imply it, others use 0.5", low=0.0, high=1.0)
     threshold: float | None = option(None, "zero every |w| up to this instead of a share", low=0.0)
     pattern: str = option("unstructured", "unstructured, N:M (N kept of M), ROWSxCOLUMNS blocks, rows or columns, e.g. 2:4, 1x4")

@@ -113,6 +113,31 @@ class TestRules:
         assert got == (None if skip else Dial(**expected))
 
 
+    def test_are_applied_one_after_the_other(self) -> None:
+        """So that a pass can let what a later one sets take the place of what an earlier one did."""
+
+        @dataclass(frozen=True, kw_only=True)
+        class Either(Dial):
+            """At one setting or the other."""
+
+            def __post_init__(self) -> None:
+                super().__post_init__()
+                if self.level and self.width:
+                    raise OptionError("either: level and width both set it")
+
+            def with_options(self, options: Mapping[str, Any]) -> Either:
+                return dataclasses.replace(self, **{**dict.fromkeys(("level", "width") if any(options.values()) else (), 0), **options})
+
+        rules = [Rule("*", {"level": 1}), Rule("*2", {"width": 2}), Rule("w*", {}), Rule("w3", {"width": 3}), Rule("w3", {"level": 4})]
+        context = Context(rules=rules)
+        assert context.options(Either(width=9), ["w1"]) == Either(level=1)
+        assert context.options(Either(width=9), ["w2"]) == Either(width=2)
+        assert context.options(Either(width=9), ["w3"]) == Either(level=4)
+        assert Context().options(Either(width=9), ["w3"]) == Either(width=9)
+        with pytest.raises(OptionError, match="^either: level and width both set it$"):
+            Context(rules=[Rule("*", {"level": 1, "width": 1})]).options(Either(), ["w"])
+
+
 class TestRandomness:
     def test_depends_on_seed_and_site_alone(self) -> None:
         def draw(seed: int, site: str) -> int:
@@ -141,6 +166,19 @@ class TestWork:
             assert context.map(lambda number: number * number, range(5)) == [0, 1, 4, 9, 16]
         assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
+    @pytest.mark.parametrize("threads", [0, 3])
+    def test_a_part_of_the_work_counts_on_from_what_was_done(self, threads: int) -> None:
+        seen: list[tuple[int, int]] = []
+        with ThreadPoolExecutor(max(threads, 1)) as executor:
+            context = Context(
+                executor=executor if threads else None, progress=lambda done, total: seen.append((done, total))
+            )
+            assert context.map(str, [1, 2, 3], 0, 5) == ["1", "2", "3"]
+            assert context.map(str, [], 3, 5) == []
+            assert context.map(str, [4, 5], done=3, total=5) == ["4", "5"]
+            assert context.map(str, [6], done=2) == ["6"]
+        assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5), (3, 1)]
+
     def test_the_executor_does_it(self) -> None:
         import threading
 
@@ -164,6 +202,10 @@ class TestPass:
 
     def test_has_nothing_weaker_unless_it_says_so(self) -> None:
         assert Dial(level=9).weaker() is None
+
+    def test_rounds_no_weights_unless_it_says_so(self) -> None:
+        assert not Dial.rounds_weights
+        assert not Context().rounded_later
 
     def test_is_its_options(self) -> None:
         assert Dial(level=2) == Dial(level=2) != Dial(level=3)

@@ -142,7 +142,7 @@ class TestOptions:
                 assert one.cost == pytest.approx(target.cost_at(one.form, one.ranks))
                 assert one.form.kind == "tucker2" or one.ranks[0] % block == 0
 
-    @pytest.mark.parametrize("kind", ["channel", "input", "spatial", "tucker2", "two-products"])
+    @pytest.mark.parametrize("kind", ["channel", "input", "interpolative", "spatial", "tucker2", "two-products"])
     def test_losses_are_those_of_outputs(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of each layer alone, on the very inputs: what it computes with the product of the pieces, next to what it computed."""
         monkeypatch.setattr(Gram, "shrunk", property(lambda self: self.matrix))  # of these inputs, not of what others may be
@@ -154,7 +154,7 @@ class TestOptions:
             for one in options[1 :: max(len(options) // 3, 1)]:
                 pieces = factor_alone(graph, target, one, context)
                 assert self.error(target, one, pieces, feeds) == pytest.approx(one.loss, rel=1e-3, abs=1e-6)
-        assert len(targets) == {"channel": 2, "two-products": 2}.get(kind, 1)
+        assert len(targets) == {"channel": 2, "interpolative": 4, "two-products": 2}.get(kind, 1)
 
     @staticmethod
     def error(target: Target, one: Option, pieces: Pieces, feeds: Sequence[Feeds]) -> float:
@@ -201,6 +201,26 @@ class TestOptions:
         last = probed[-1][1:]  # nothing but a bias comes after it
         for one, other in zip(last, plain[-1][1:], strict=True):
             assert 0.3 < one.loss / other.loss < 3
+
+    @pytest.mark.parametrize("price", [0.5, 1.0, 2.0, 4.0, 100.0])
+    def test_of_pieces_at_a_price_are_those_that_pay(self, price: float) -> None:
+        """Where an element of a piece takes more or less than one of the weight; work is the same of either."""
+        graph = load(NETWORK)
+        for target in targets_of(graph):
+            dear = Target(target.weight, target.forms, target.cost, price=price)
+            for form in target.forms:
+                every = dict.fromkeys(form.at(step / max(form.full)) for step in range(max(form.full), 0, -1))
+                paying = [ranks for ranks in every if price * form.parameters(ranks) < form.whole]
+                assert dear.paying(form) == paying
+                assert dear.break_even(form) == (paying[0] if paying else (0,) * len(form.full))
+                for ranks in paying:
+                    assert dear.cost_at(form, ranks) == pytest.approx(price * target.cost_at(form, ranks))
+            (options,) = option_lists(graph, [dear], Context(), None)
+            assert all(one.cost < target.cost for one in options[1:])
+            work = [Target(target.weight, target.forms, target.cost, by_work=True, price=some) for some in (1.0, price)]
+            for form in target.forms:
+                assert work[0].paying(form) == work[1].paying(form)
+                assert work[0].break_even(form) == work[1].break_even(form)
 
     def test_of_weights_without_work_are_none(self) -> None:
         graph = load(NETWORK)

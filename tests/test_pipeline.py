@@ -565,6 +565,57 @@ class TestRepetition:
         assert isinstance(seeds[0][1], Executor)
 
 
+class TestWhatComesLater:
+    """A pass is told whether one after it rounds weights, each time it is tried."""
+
+    @staticmethod
+    def asks(told: list[bool], base: type[Pass] = Scale, rounds: bool = False) -> type[Any]:
+        """Returns a pass like `base` that notes down what it was told."""
+
+        def apply(self: Pass, graph: Graph, context: Context) -> Report:
+            told.append(context.rounded_later)
+            return base.apply(self, graph, context)
+
+        body = {"apply": apply, "rounds_weights": rounds, "__annotations__": {"rounds_weights": ClassVar[bool]}, "__module__": __name__}
+        return dataclass(frozen=True, kw_only=True)(type("Asks", (base,), body))
+
+    @pytest.mark.parametrize(
+        ("rounding", "expected"),
+        [
+            ([False], [False]),
+            ([True], [False]),
+            ([False, False], [False, False]),
+            ([False, True], [True, False]),
+            ([True, False], [False, False]),
+            ([False, False, True, False], [True, True, False, False]),
+            ([True, True, False], [True, False, False]),
+        ],
+    )
+    def test_is_told_to_each_step(self, rounding: list[bool], expected: list[bool]) -> None:
+        told: list[bool] = []
+        squeezed(*[self.asks(told, rounds=rounds)(factor=1.001) for rounds in rounding], model=SINGLE)
+        assert told == expected
+
+    def test_is_told_of_the_passes_there_are(self) -> None:
+        for later, expected in ((ShareWeights(bits=8), True), (Sparsify(sparsity=0.1), True), (Tidy(), False), (Scale(), False)):
+            told: list[bool] = []
+            squeezed(self.asks(told)(factor=1.001), Tidy(), later, model=SINGLE)
+            assert told == [expected]
+
+    def test_is_told_again_to_weaker_forms(self) -> None:
+        told: list[bool] = []
+        step = squeezed(self.asks(told)(factor=2.0, steps=3), ShareWeights(), model=SINGLE, limit=30).report.passes[0]
+        assert step.outcome == "weakened"
+        assert told == [True] * 3
+
+    def test_is_told_again_where_sites_are_spared(self) -> None:
+        told: list[bool] = []
+        steps = squeezed(self.asks(told, Sparsify)(pattern="2:4"), ShareWeights(bits=8), model=SORE, limit=30).report.passes
+        assert steps[0].outcome == "weakened"
+        assert len(told) > 3
+        assert all(told)
+
+
 class TestLimits:
     @pytest.mark.parametrize(
         ("tolerance", "factor", "outcome"),

@@ -11,6 +11,7 @@ smaller arrays stand in its place, in the order in which they run:
     input             [g, r, inputs]  [g, outputs, r, kernel]                             1 x 1, then k x k
     spatial           [g, r, inputs, height]  [g, outputs, r, width]                      k x 1, then 1 x k
     tucker2           [g, r, inputs]  [g, s, r, kernel]  [g, outputs, s]                  1 x 1, k x k, 1 x 1
+    interpolative     [g, r, inputs * kernel]  [g, s, r]  [g, outputs - r - s, r]         outputs: second @ first, first, third @ first
 
 `onnxshrink.graph.factoring` finds the forms of a weight and puts pieces in its place.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ from onnxshrink.graph.factor_sites import Geometry, Kind
 from onnxshrink.graph.storage import raw_nbytes
 from onnxshrink.graph.weight_values import computed_matrix
 from onnxshrink.graph.weights import Weight
-from onnxshrink.numerics.floatbits import rounded_to
+from onnxshrink.numerics.floatbits import rounded_to, unit_roundoff
+from onnxshrink.numerics.interpolative import interpolative_extra, interpolative_factor
 from onnxshrink.numerics.kernel_factors import input_factor, spatial_factor, tucker2_factor
 from onnxshrink.numerics.low_rank import factor
 
@@ -94,19 +96,32 @@ class Form:
         return before, min(after, before * self.geometry.positions)
 
     def shapes(self, ranks: Ranks) -> tuple[tuple[int, ...], ...]:
-        """Returns the shapes of the pieces, in the order in which they run."""
+        """Returns the shapes of the pieces, in the order in which they run; as if the first outputs were those that are kept."""
         found = self.geometry
         groups, outputs, inputs, positions = found.groups, found.outputs, found.inputs, found.positions
         if self.kind == "tucker2":
             before, after = ranks
             return (groups, before, inputs), (groups, after, before, positions), (groups, outputs, after)
         (rank,) = ranks
+        if self.kind == "interpolative":
+            return (groups, rank, inputs * positions), (groups, 0, rank), (groups, outputs - rank, rank)
         if self.kind == "spatial":
             height, width = found.sides
             return (groups, rank, inputs, height), (groups, outputs, rank, width)
         if self.kind == "input":
             return (groups, rank, inputs), (groups, outputs, rank, positions)
         return (groups, rank, inputs * positions), (groups, outputs, rank)
+
+    def fits(self, pieces: Pieces) -> bool:
+        """Whether pieces have the shapes of the form at some ranks."""
+        shapes = tuple(piece.shape for piece in pieces)
+        ranks = tuple(shape[1] for shape in shapes[: len(self.full)] if len(shape) > 1)
+        if len(ranks) != len(self.full) or min(ranks) < 1 or len(shapes) != len(self.shapes(ranks)):
+            return False
+        if self.kind == "interpolative" and all(len(shape) == 3 for shape in shapes):  # whichever outputs are kept
+            kept, before, after = shapes
+            shapes = kept, (before[0], 0, before[2]), (after[0], before[1] + after[1], after[2])
+        return shapes == self.shapes(ranks)
 
     @property
     def whole(self) -> int:
@@ -126,11 +141,16 @@ class Form:
         """Returns the multiply-accumulates of all pieces where the layer as it is has ``whole``."""
         return sum(run * math.prod(shape) for run, shape in zip(self.runs, self.shapes(ranks), strict=True))
 
-    def break_even(self, cost: Literal["parameters", "macs"] = "parameters") -> Ranks:
-        """Returns the largest of the ranks `at` gives that cost less than the weight as it is; zeros if none do."""
+    def break_even(self, cost: Literal["parameters", "macs"] = "parameters", price: float = 1.0) -> Ranks:
+        """Returns the largest of the ranks `at` gives that cost less than the weight as it is; zeros if none do.
+
+        Args:
+            cost: of what.
+            price: of one of the pieces, that of one of the weight being 1.
+        """
         measure: Callable[[Ranks], float] = self.parameters if cost == "parameters" else self.macs
         steps = max(self.full)
-        below = bisect_left(range(1, steps + 1), True, key=lambda step: measure(self.at(step / steps)) >= self.whole)
+        below = bisect_left(range(1, steps + 1), True, key=lambda step: price * measure(self.at(step / steps)) >= self.whole)
         return self.at(below / steps) if below else (0,) * len(self.full)
 
     def factor(self, matrix: Array, ranks: Ranks, grams: Array | None = None) -> Pieces:
@@ -163,8 +183,25 @@ class Form:
             return spatial_factor(kernels.reshape(*kernels.shape[:3], *self.geometry.sides), ranks[0], grams)
         if self.kind == "input":
             return input_factor(kernels, ranks[0], grams)
+        if self.kind == "interpolative":
+            return interpolative_factor(kernels.reshape(*kernels.shape[:2], -1), ranks[0], grams, unit_roundoff(self.dtype))
         left, right = factor(kernels.reshape(*kernels.shape[:2], -1), ranks[0], grams)
         return right, left
+
+    def extra_losses(self, every: Sequence[Ranks], grams: Array | None = None) -> list[float]:
+        """Returns the squared errors of the layer's outputs at several ranks, beyond those of the best matrix of these ranks.
+
+        Of the forms that can be any matrix of a rank only the interpolative one has some, from outputs at both ends that do not tell
+        the others, and from rounding.
+
+        Args:
+            every: ranks, as `full` has them.
+            grams: as `factor` takes them.
+        """
+        if self.kind != "interpolative":
+            return [0.0] * len(every)
+        kernels = self.matrix.reshape(self.geometry.groups, self.geometry.outputs, -1)
+        return interpolative_extra(kernels, [ranks[0] for ranks in every], grams, unit_roundoff(self.dtype))
 
     def product(self, pieces: Pieces) -> Array:
         """Returns what the pieces stand for: the matrix in the weight's layout, float64 [rows, columns]."""
@@ -175,6 +212,8 @@ class Form:
             found = np.einsum("grih,gorw->goihw", first, *rest, optimize=True)
         elif self.kind == "input":
             found = np.einsum("gri,gork->goik", first, *rest, optimize=True)
+        elif self.kind == "interpolative":
+            found = np.concatenate([rest[0] @ first, first, rest[1] @ first], axis=1)
         else:
             found = rest[0] @ first
         matrix: Array = found.reshape(self.geometry.groups * self.geometry.outputs, -1)

@@ -17,9 +17,10 @@ from onnxshrink.graph.weights import Use
 
 __all__ = ["Geometry", "Kind", "Site", "Storage", "factor_site"]
 
-Kind = Literal["channel", "input", "recurrent-input", "spatial", "tucker2", "two-products"]
+Kind = Literal["channel", "input", "interpolative", "recurrent-input", "spatial", "tucker2", "two-products"]
 Storage = Literal["columns first", "kernel", "recurrent", "rows last", "transposed kernel"]
 _FIRST_GEMM_BROADCAST = 7  # the opset from which Gemm's C is broadcast without an attribute (operator changelog)
+_FIRST_CONCAT_FROM_BACK = 11  # the opset from which Concat counts axes from the last one (operator changelog)
 _CONV_ATTRIBUTES = {"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"}
 _ATTRIBUTES = {
     "Conv": _CONV_ATTRIBUTES,
@@ -118,8 +119,14 @@ def factor_site(graph: Graph, use: Use, shapes: Shapes) -> Site | str:
         if geometry.groups * geometry.outputs != use.view.shape[0]:
             return f"the groups of {use.op} '{node.site}' do not divide its channels"
         runs = _kernel_runs(node, geometry, shapes)
+        if "channel" in runs and _can_be_joined(graph, node, use.operand, geometry, shapes):
+            runs["interpolative"] = (*runs["channel"], runs["channel"][1])
         return Site(geometry, runs) if runs else f"the output_shape of {use.op} '{node.site}' leaves what follows without a known shape"
-    return _product_obstacle(graph, node, use.operand, geometry, shapes) or Site(geometry, {"two-products": (1.0, 1.0)})
+    obstacle = _product_obstacle(graph, node, use.operand, geometry, shapes)
+    if obstacle is not None:
+        return obstacle
+    joined = _can_be_joined(graph, node, use.operand, geometry, shapes)
+    return Site(geometry, {"two-products": (1.0, 1.0), **({"interpolative": (1.0, 1.0, 1.0)} if joined else {})})
 
 
 _STEPS: Mapping[Storage, int] = {"columns first": 2, "kernel": 1, "recurrent": 1, "rows last": 1, "transposed kernel": 3}
@@ -164,6 +171,20 @@ def _product_obstacle(graph: Graph, node: Node, operand: int, geometry: Geometry
     if len(geometry.shape) > 2 and (dims is None or len(dims) < 2):  # of a vector a batch of matrices makes one matrix, not a batch
         return f"MatMul '{node.site}' multiplies a batch of matrices with what may be a vector"
     return None
+
+
+def _can_be_joined(graph: Graph, node: Node, operand: int, geometry: Geometry, shapes: Shapes) -> bool:
+    """Whether some outputs may come of a node of their own: they lie side by side, and what is added to each is known."""
+    if geometry.is_kernel:
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        return geometry.groups == 1 and (bias is None or not bias.name or isinstance(bias, Constant))
+    if node.op == "MatMul":
+        dims = shapes.get(id(node.inputs[1 - operand]))
+        has_rows = operand == 1 or (dims is not None and len(dims) > 1)  # a matrix times a vector is a vector
+        return graph.opset >= _FIRST_CONCAT_FROM_BACK and has_rows
+    added = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    along = (1, geometry.outputs) if operand == 1 else (geometry.outputs, 1)
+    return added is None or (isinstance(added, Constant) and (*(1,) * (2 - len(added.shape)), *added.shape) == along)
 
 
 def _kernel_runs(node: Node, geometry: Geometry, shapes: Shapes) -> dict[Kind, tuple[float, ...]]:

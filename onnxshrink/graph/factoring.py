@@ -57,19 +57,20 @@ def split(graph: Graph, form: Form, pieces: Pieces, names: NameSource | None = N
         The constants that hold the pieces, and the nodes that read them.
 
     Raises:
-        PassError: the graph has changed since and no longer reads the weight so, the pieces have other shapes, or values that are not
-            finite in that dtype.
+        PassError: the graph has changed since and no longer reads the weight so, or adds something computed; the pieces have other
+            shapes, or values that are not finite in that dtype.
     """
     weight = form.weight
     nodes = {id(node) for node in graph.nodes}
     for use in weight.uses:
         if not _reads(use, weight.constant, nodes):
             raise PassError(f"low-rank: '{weight.site}' is no longer read by {use.op} as it was when its forms were found")
+        if form.kind == "interpolative" and not _has_known_bias(use):
+            raise PassError(f"low-rank: what {use.op} adds is not known as it was when the forms of '{weight.site}' were found")
     stored = _stored(form, pieces)
-    old = {id(use.node.inputs[use.operand]): use.node.inputs[use.operand] for use in weight.uses if use.node is not None}
+    old = {id(tensor): tensor for use in weight.uses if use.node is not None for tensor in use.node.inputs}
     cut = insert_pieces(graph, form, stored, names or NameSource(graph))
-    for operand in old.values():
-        remove_dead(graph, [operand] if isinstance(operand, Constant) else operand.inputs)
+    remove_dead(graph, [item for tensor in old.values() for item in ([tensor] if isinstance(tensor, Constant) else tensor.inputs)])
     return cut
 
 
@@ -123,6 +124,12 @@ def _dtype(weight: Weight) -> np.dtype[Any] | str:
     return dtype if is_float(dtype) else f"is read as {dtype} values, not floating point"
 
 
+def _has_known_bias(use: Use) -> bool:
+    """Whether what a node adds, if anything, is stored."""
+    bias = use.node.inputs[2] if use.node is not None and len(use.node.inputs) > 2 else None
+    return bias is None or not bias.name or isinstance(bias, Constant)
+
+
 def _reads(use: Use, constant: Constant, nodes: set[int]) -> bool:
     """Whether a node is still there and reads a constant through the nodes that lay between when the use was found."""
     node = use.node
@@ -138,9 +145,8 @@ def _reads(use: Use, constant: Constant, nodes: set[int]) -> bool:
 
 def _stored(form: Form, pieces: Pieces) -> Pieces:
     """Returns pieces in the form's dtype, checked."""
-    shapes = tuple(piece.shape for piece in pieces)
-    ranks = tuple(shape[1] for shape in shapes[:-1])
-    if len(ranks) != len(form.full) or min(ranks) < 1 or shapes != form.shapes(ranks):
+    if not form.fits(pieces):
+        shapes = tuple(piece.shape for piece in pieces)
         raise PassError(f"low-rank: pieces of '{form.weight.site}' must be of the form's shapes at some ranks, got {shapes}")
     with np.errstate(over="ignore"):  # looked at next
         stored = tuple(piece.astype(form.dtype, copy=False) for piece in pieces)

@@ -15,7 +15,7 @@ from onnxshrink.graph.storage import element_type
 from onnxshrink.graph.views import View, through
 from onnxshrink.graph.weights import Use, Weight
 
-__all__ = ["computed_matrix", "computed_type", "conversions"]
+__all__ = ["computed_matrix", "computed_type", "conversions", "dequantized"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,34 +62,41 @@ def computed_matrix(weight: Weight, use: Use) -> Array:
         if node.op == "Cast":
             values = values.astype(element_type(int(node.attrs["to"])))
         elif node.op == "DequantizeLinear":
-            values = _dequantized(node, values)
+            values = dequantized(node, values)
         values = _further(moved, view).forward(values)
         view = moved
     return _further(use.view, view).forward(values).astype(np.float64)
 
 
-def _further(view: View, start: View) -> View:
-    """Returns the steps of a view that come after those it starts with."""
-    return View(view.shapes[len(start.shapes) - 1 :], view.steps[len(start.steps) :])
+def dequantized(node: Node, values: Array) -> Array:
+    """Returns what a DequantizeLinear with constant scales makes of values of any shape, in the dtype it gives, to the bit.
 
-
-def _dequantized(node: Node, values: Array) -> Array:
-    scale = _values(node, 1)
-    zero = _values(node, 2) if len(node.inputs) > 2 and node.inputs[2].name else np.zeros((), values.dtype)
-    axis, block = int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
-    wide = (values.astype(np.float64) - _along(zero, values, axis, block)) * _along(scale, values, axis, block)
-    found: Array = wide.astype(scale.dtype)
+    ONNX Runtime (1.31, quantize_linear.cc) takes the zero point off as integers and multiplies as float32, then rounds.
+    """
+    scale = _along(node, 1, values)
+    exact = np.int32 if values.dtype == np.int32 else np.float32  # which has all differences of elements of up to 16 bits
+    wide = values.astype(exact)
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        wide = wide - _along(node, 2, values).astype(exact)
+    asked = int(node.attrs.get("output_dtype", 0))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        found: Array = (wide.astype(np.float32) * scale.astype(np.float32)).astype(element_type(asked) if asked else scale.dtype)
     return found
 
 
-def _along(parameter: Array, values: Array, axis: int, block: int) -> Array:
-    """Returns a scale or zero point as float64 that broadcasts to the values."""
-    wide = parameter.astype(np.float64)
-    if parameter.size == 1:
-        return wide.reshape(())
+def _along(node: Node, index: int, values: Array) -> Array:
+    """Returns a scale or zero point so that it broadcasts to values: one for all, one an index along an axis, or one a block of them."""
+    found, axis, block = _values(node, index), int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0))
+    if found.size == 1:
+        return found.reshape(())
     if block:
-        return np.repeat(wide, block, axis=axis)[tuple(map(slice, values.shape))]
-    return wide.reshape([-1 if index == axis % values.ndim else 1 for index in range(values.ndim)])
+        return np.repeat(found, block, axis=axis)[tuple(map(slice, values.shape))]
+    return found.reshape([-1 if other == axis % values.ndim else 1 for other in range(values.ndim)])
+
+
+def _further(view: View, start: View) -> View:
+    """Returns the steps of a view that come after those it starts with."""
+    return View(view.shapes[len(start.shapes) - 1 :], view.steps[len(start.steps) :])
 
 
 def _values(node: Node, index: int) -> Array:

@@ -13,10 +13,11 @@ import numpy as np
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array, chunks
 
-__all__ = ["bits_of", "check_finite", "rounded_to"]
+__all__ = ["bits_of", "check_finite", "rounded_to", "unit_roundoff"]
 
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000, "float64": 0x7FF0_0000_0000_0000}
 _SUBNORMAL = {"bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}  # below it; those of float16 are computed with as float32
+_MANTISSA = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}  # with the bit that is not stored
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -61,3 +62,8 @@ def rounded_to(values: Array, dtype: np.dtype[Any]) -> Array:
         rounded = values.astype(dtype)
     least = _SUBNORMAL.get(dtype.name)
     return rounded if least is None else np.where(np.abs(values) < least, dtype.type(0), rounded)
+
+
+def unit_roundoff(dtype: np.dtype[Any]) -> float:
+    """Returns the largest relative error of rounding to the nearest number of a dtype of `check_finite`."""
+    return 2.0 ** -_MANTISSA[dtype.name]

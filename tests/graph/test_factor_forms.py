@@ -53,7 +53,7 @@ def test_costs_are_those_of_the_layers_that_come_out(op: str, data: st.DataObjec
     ranks = form.at(data.draw(st.floats(0, 1)))
     before = macs(graph)
     pieces = form.factor(form.matrix, ranks)
-    assert tuple(piece.shape for piece in pieces) == form.shapes(ranks)
+    assert form.fits(pieces)
     assert sum(piece.size for piece in pieces) == form.parameters(ranks)
     assert form.whole == layer.arrays["w"].size
     split(graph, form, pieces)
@@ -66,7 +66,9 @@ def test_where_sizes_are_unknown_strides_tell() -> None:
     for axis in (2, 3):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"n{axis}"
         model.graph.output[0].type.tensor_type.shape.dim[axis].ClearField("dim_value")
-    assert {form.name: form.runs for form in forms_of(load(model))} == {"channel": (1, 1), "input": (6, 1), "spatial": (3, 1), "tucker2": (6, 1, 1)}
+    assert {form.name: form.runs for form in forms_of(load(model))} == {
+        "channel": (1, 1), "input": (6, 1), "interpolative": (1, 1, 1), "spatial": (3, 1), "tucker2": (6, 1, 1)
+    }
 
 
 @pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "recurrent", "MatMul"])
@@ -82,8 +84,9 @@ def test_the_largest_ranks_that_pay(op: str, data: st.DataObject) -> None:
 
 
 def test_a_matrix_pays_up_to_the_break_even_rank() -> None:
-    (form,) = forms_of(load(Layer("MatMul", ("x", "w"), {"x": random(1, 384), "w": random(384, 1536)}).model()))
-    assert form.full == (384,)
+    form, joined = forms_of(load(Layer("MatMul", ("x", "w"), {"x": random(1, 384), "w": random(384, 1536)}).model()))
+    assert form.full == joined.full == (384,)
+    assert joined.break_even() == joined.break_even("macs") == (383,)
     assert form.break_even() == form.break_even("macs") == (307,)
     assert form.parameters((307,)) < form.whole <= form.parameters((308,))
 
@@ -111,7 +114,7 @@ def test_directions_share_what_comes_first() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    (form,) = forms_of(load(Layer("MatMul", ("x", "w"), {"x": random(1, 8), "w": random(8, 6)}).model()))
+    form, _ = forms_of(load(Layer("MatMul", ("x", "w"), {"x": random(1, 8), "w": random(8, 6)}).model()))
     with pytest.raises(ValueError, match=r"^factor: matrix must be of shape \(6, 8\), got shape \(8, 6\)$"):
         form.factor(form.matrix.T, (1,))
     with pytest.raises(ValueError, match=r"^factor: ranks must be 1 of them, got \(1, 1\)$"):

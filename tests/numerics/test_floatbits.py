@@ -5,8 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from onnxshrink.numerics.floatbits import bits_of, check_finite, rounded_to
+from onnxshrink.numerics.floatbits import bits_of, check_finite, rounded_to, unit_roundoff
 
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -60,3 +62,19 @@ def test_no_subnormal_number_is_stored(dtype):
 
 def test_float16_keeps_its_subnormal_numbers_and_overflows_to_infinity():
     np.testing.assert_array_equal(rounded_to(np.array([6e-8, 1e6]), np.dtype(np.float16)), np.array([6e-8, np.inf], np.float16))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_half_of_the_step_after_one_is_the_unit(dtype):
+    dtype = np.dtype(dtype)
+    unit = unit_roundoff(dtype)
+    assert unit == float(ml_dtypes.finfo(dtype).eps) / 2
+    if dtype != np.float64:  # a number right between two goes to the even one, and a little more to the next
+        np.testing.assert_array_equal(np.array([1 + unit, 1 + 1.01 * unit]).astype(dtype).astype(np.float64), [1.0, 1 + 2 * unit])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@given(value=st.floats(1e-4, 6e4), sign=st.sampled_from([1, -1]))
+def test_no_number_is_moved_by_more_than_the_unit(dtype, value, sign):
+    moved = abs(float(rounded_to(np.array(sign * value), np.dtype(dtype))) - sign * value)
+    assert moved <= unit_roundoff(np.dtype(dtype)) * value
