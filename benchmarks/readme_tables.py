@@ -204,9 +204,9 @@ def low_rank_coded(figures: dict[str, Any]) -> list[str]:
     ]
     rows = {(row["name"], row["setting"]): row for row in figures["models"] if "error" not in row}
     for (name, setting), row in rows.items():
-        if "whole" in setting or "repair=false" in setting:
+        wholes = [rows[name, one] for bits in (5, 4, 3) if (name, one := f"whole,bits={bits}") in rows]
+        if "whole" in setting or "repair=false" in setting or len(wholes) < 3:
             continue
-        wholes = [rows[name, f"whole,bits={bits}"] for bits in (5, 4, 3)]
         cells = [f"{one['shared_bytes']:,}: {_score(_coded(one), 1)}" for one in (row, *wholes)]
         least = min(one["shared"]["sqnr_db"] for one in wholes)
         wanted = max(row["shared"]["sqnr_db"], least)

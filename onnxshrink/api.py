@@ -329,7 +329,7 @@ def _ranks(graph: Graph, calibration: InputSource | None, seed: int, progress: P
     activations = None
     if calibration is not None:
         with session(graph, role="original") as running:
-            activations = Calibration(samples_for(graph, running, calibration, seed)[0], varied=Variation(graph, seed))
+            activations = Calibration(samples_for(graph, running, calibration, seed)[0])
     context = Context(seed, activations=activations, progress=lambda done, total: progress("looking at ranks", done, total))
     return rank_infos(graph, context)
 

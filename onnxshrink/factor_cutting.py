@@ -47,13 +47,14 @@ def cut_in_turn(graph: Graph, chosen: Mapping[str, Option], context: Context) ->
     for weight in targets:
         form, ranks = chosen[weight.site].form, chosen[weight.site].ranks
         assert form is not None
+        nodes = nodes_bytes([use.node for use in weight.uses if use.node is not None])
         made = split(graph, replace(form, weight=weight), pieces[weight.site])
-        after = sum(constant_bytes(constant, graph) for constant in made.constants)
+        after = sum(constant_bytes(constant, graph) for constant in made.constants) + nodes_bytes(made.nodes) - nodes
         least = "its outputs lose least" if weight.site in repaired.sites else "it loses least itself"
         detail = f"{form.name}, rank {' x '.join(map(str, ranks))} of {' x '.join(map(str, form.full))}, as {least}"
         changes.append(Change(weight.site, stored[weight.site], after, detail))
     moved |= stored.keys() - {weight.site for weight in weights(graph)}
-    return charged(changes, _bytes(graph) - before), moved  # nodes belong to all of them
+    return charged(changes, _bytes(graph) - before), moved  # what is left: scales, biases
 
 
 def _split_biases(graph: Graph, chosen: Mapping[str, Option], every: Sequence[Weight]) -> list[Weight]:

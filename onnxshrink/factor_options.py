@@ -34,7 +34,7 @@ class Target:
         cost: of the weight as it is, in the unit of the budget.
         by_work: whether that is multiply-accumulates; else it is parameters.
         block: ranks are multiples of it.
-        price: bytes that an element of pieces takes for each byte of one of the weight, where they are of another type.
+        stored: bytes of the weight in the file; 0 if it does not matter what pieces take.
     """
 
     weight: Weight
@@ -42,7 +42,13 @@ class Target:
     cost: float
     by_work: bool = False
     block: int = 1
-    price: float = 1.0
+    stored: int = 0
+
+    @property
+    def price(self) -> float:
+        """Bytes that an element of pieces takes for each byte of one of the weight: other than 1 where they are of another type."""
+        form = self.forms[0]
+        return form.dtype.itemsize * form.whole / self.stored if self.stored else 1.0
 
     def cost_at(self, form: Form, ranks: Ranks) -> float:
         """Returns what the pieces of a form cost at some ranks."""
@@ -52,11 +58,16 @@ class Target:
         """Returns the largest ranks of a form that cost less than the weight, whatever the block; zeros if none do."""
         return form.break_even("macs") if self.by_work else form.break_even("parameters", self.price)
 
+    def pays(self, form: Form, ranks: Ranks) -> bool:
+        """Whether pieces cost less than the weight, and take fewer bytes with their nodes unless it is work that is to be saved."""
+        fits = self.by_work or not self.stored or form.nbytes(ranks) + form.node_bytes < self.stored
+        return fits and self.cost_at(form, ranks) < self.cost
+
     def paying(self, form: Form) -> list[Ranks]:
-        """Returns the ranks of a form that cost less than the weight, largest first."""
+        """Returns the ranks of a form that pay, largest first."""
         full = max(form.full)
         every = dict.fromkeys(form.at(width / full) for width in rungs(full, self.block, self.block))
-        return [ranks for ranks in every if self.cost_at(form, ranks) < self.cost]
+        return [ranks for ranks in every if self.pays(form, ranks)]
 
     def ranks(self, form: Form, *, every: bool = False) -> list[Ranks]:
         """Returns some of them, evenly spread, that are tried out; all if that is asked for and costs next to nothing."""
@@ -130,7 +141,7 @@ def layer_losses(form: Form, every: Sequence[Ranks], grams: Array | None, known:
 
 
 def _extra(form: Form, every: Sequence[Ranks], grams: Array | None) -> Array:
-    """Returns what a form loses beyond the singular values that are cut, at several ranks: measured at a few, in between at most that."""
+    """Returns what a form loses beyond the singular values that are cut: measured at a few ranks, and taken to be as much in between."""
     ranks = np.array([one[0] for one in every])
     count = _TRIED if ranks.max() <= _LARGE else 2
     tried = np.unique(np.quantile(ranks, np.linspace(0, 1, count), method="nearest"))

@@ -54,6 +54,12 @@ class Rule:
     error: float | None = None
     evbmf: bool = False
 
+    @property
+    def asked(self) -> str:
+        """It, as people give it."""
+        given = ((name, getattr(self, name)) for name in ("rank", "share", "energy", "error"))
+        return next((f"{name}={value:g}" for name, value in given if value is not None), "evbmf")
+
 
 def by_rules(graph: Graph, targets: Sequence[Target], rules: Sequence[Rule], context: Context) -> list[Option]:
     """Returns what becomes of each weight by its own rule: the form of least error, or of least cost where the error is given.
@@ -84,8 +90,8 @@ def _by_rule(target: Target, rule: Rule, grams: Array | None) -> Option:
         else:
             wanted = _rounded(float(rule.share or 0.0) * full, target.block) / full
         ranks = form.at(min(wanted, 1.0))
-        if (cost := target.cost_at(form, ranks)) < target.cost:
-            found.append(Option(form, ranks, cost, layer_losses(form, [ranks], grams)[0]))
+        if target.pays(form, ranks):
+            found.append(Option(form, ranks, target.cost_at(form, ranks), layer_losses(form, [ranks], grams)[0]))
     return next(iter(worth_their_cost(found)[-1:]), Option(None, (), target.cost, 0.0))
 
 

@@ -93,7 +93,7 @@ def scored(
         probed: whether losses are what the outputs lose, as far as that can be measured; otherwise they are sums of scores.
         repair: whether layers will be solved again.
     """
-    fitting, probe = folds(graph, context)[0] if probed else (context, None)
+    fitting, probe = folds(graph, context, 1)[0] if probed else (context, None)
     curves = [LossCurve.of(scores) for scores in channel_scores(graph, found, criterion, fitting)]
     return curves if probe is None else loss_curves(graph, found, curves, fitting, probe, repair)
 

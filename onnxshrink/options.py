@@ -109,6 +109,8 @@ def convert_options(owner: str, cls: type, values: Mapping[str, Any], *, per_sit
     for field, kinds, value in _match(owner, cls, values):
         if per_site and not field.metadata[_KEY].per_site:
             raise OptionError(f"{owner}: option '{_kebab(field.name)}' holds for the whole pass; a rule cannot set it")
+        if value == "none" and type(None) in kinds and str not in kinds:  # TOML has no other word for it
+            value = None
         if not _is_of(value, kinds):
             raise OptionError(must(owner, _kebab(field.name), _type_name(kinds), repr(value)))
         arguments[field.name] = value

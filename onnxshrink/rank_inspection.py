@@ -10,10 +10,11 @@ import numpy as np
 
 from onnxshrink.contract import Context
 from onnxshrink.factor_options import singular_values
+from onnxshrink.graph.dequantized import dequantized_copy
 from onnxshrink.graph.factor_forms import Form
 from onnxshrink.graph.factoring import forms
 from onnxshrink.graph.ir import Graph
-from onnxshrink.graph.weights import weights
+from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.numerics.ranks import rank_at_energy, stable_rank
 from onnxshrink.repair import with_grams
 
@@ -36,7 +37,7 @@ class RankInfo:
         at_99: rank that holds 99 %.
         outputs_at_90: rank that holds 90 % of the squared outputs on the calibration inputs; None without any.
         outputs_at_99: rank that holds 99 % of those.
-        break_even: largest rank whose pieces have fewer parameters than the weight.
+        break_even: largest rank whose two thin pieces have fewer parameters than the weight; interpolative ones have fewer at any.
     """
 
     site: str
@@ -58,6 +59,7 @@ def rank_infos(graph: Graph, context: Context) -> list[RankInfo]:
         graph: the main graph; only read.
         context: with activations, whose outputs are then looked at too.
     """
+    graph = dequantized_copy(graph)
     found = {weight.site: form for weight, form in _first_forms(graph)}
     infos = []
     for weight, grams in with_grams(graph, [form.weight for form in found.values()], context):
@@ -66,7 +68,7 @@ def rank_infos(graph: Graph, context: Context) -> list[RankInfo]:
     return sorted(infos, key=lambda info: -info.sides[0] * info.sides[1])
 
 
-def _first_forms(graph: Graph) -> Iterator[tuple[Any, Form]]:
+def _first_forms(graph: Graph) -> Iterator[tuple[Weight, Form]]:
     for weight, several in forms(graph, weights(graph)):
         if not isinstance(several, str) and several and weight.obstacle is None and np.isfinite(weight.constant.values).all():
             yield weight, next((form for form in several if form.kind == "channel"), several[0])

@@ -99,7 +99,7 @@ def _is_tensor(output: Tensor) -> bool:
     return output.info is None or output.info.type.WhichOneof("value") in (None, "tensor_type")
 
 
-def folds(graph: Graph, context: Context) -> list[tuple[Context, OutputProbe | None]]:
+def folds(graph: Graph, context: Context, most: int = _FOLDS) -> list[tuple[Context, OutputProbe | None]]:
     """Returns contexts with two thirds of the calibration data, each with a probe on the rest: what was fitted must not judge.
 
     A few inputs tell little of what a weight is worth, so with few every third is held back once; one of many is enough.
@@ -110,6 +110,6 @@ def folds(graph: Graph, context: Context) -> list[tuple[Context, OutputProbe | N
     if data.count < _FEWEST_TO_PART:
         parts = [(data, data)]
     else:
-        parts = [data.fold(index, _FOLDS) for index in range(_FOLDS if data.count <= _MOST_TO_ROTATE else 1)]
+        parts = [data.fold(index, _FOLDS) for index in range(min(most, _FOLDS) if data.count <= _MOST_TO_ROTATE else 1)]
     probes = [(replace(context, activations=fitting), OutputProbe(graph, judging)) for fitting, judging in parts]
     return [(fitting, probe if probe.is_possible else None) for fitting, probe in probes]

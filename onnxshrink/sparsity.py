@@ -91,7 +91,7 @@ def curves(
             the weight's, stand for the drift.
         repair: whether the rest is made up for at all.
     """
-    fitting, probe = folds(graph, context)[0]
+    fitting, probe = folds(graph, context, 1)[0]
     return probed_curves(graph, targets, sparsities, fitting, probe, repair)
 
 

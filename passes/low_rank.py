@@ -4,7 +4,9 @@
     Conv                k x k then 1 x 1 (channel), 1 x 1 then k x k (input), k x 1 then 1 x k (spatial), 1 x 1, k x k, 1 x 1 (tucker2)
     ConvTranspose       the same, as far as attributes allow
     LSTM, GRU, RNN      the input weight, its first piece shared by all directions
-    interpolative       some outputs as they were, the others from these: fewer parameters at the same rank, for all but the last
+
+Any but recurrent weights may be cut in the interpolative form as well: some outputs as they were, the others from these, which takes fewer
+parameters at the same rank.
 
 With the Gram matrix H = L L^T of what the layer meets, U V is the truncated SVD of W L times L^-1: of all products of rank r it changes
 the OUTPUT least, by the sum of the squared singular values that were cut (SVD-LLM, arXiv 2403.07378). Without calibration inputs H is
@@ -28,11 +30,11 @@ from onnxshrink.factor_timing import that_pay
 from onnxshrink.factorization import Rule, by_rules, choose, filled, option_lists
 from onnxshrink.graph.channel_costs import inferred_macs
 from onnxshrink.graph.channel_groups import find_channels
-from onnxshrink.graph.dequantized import dequantized_copy, is_dequantized, obstacle
+from onnxshrink.graph.dequantized import dequantized_copy, is_dequantized, meets_integers, obstacle
 from onnxshrink.graph.factor_forms import Form
 from onnxshrink.graph.factoring import forms
 from onnxshrink.graph.ir import Graph
-from onnxshrink.graph.weights import weights
+from onnxshrink.graph.weights import Weight, weights
 from onnxshrink.options import option
 from onnxshrink.sensitivity import folds
 from onnxshrink.shares import CLOSE, block_of, check_round, gentler
@@ -114,8 +116,8 @@ class LowRank(Pass):
 
     def wants(self, form: Form, context: Context) -> bool:
         """Whether weights may be cut so: the option says it only of those that can have such pieces at all."""
-        if self.form == "factors" or (self.form == "auto" and context.rounded_later):
-            return form.kind != "interpolative"
+        if form.kind == "interpolative" and (self.form == "factors" or (context.rounded_later and self.form != "interpolative")):
+            return False
         meant = _OF_KERNELS if form.geometry.is_kernel else () if form.kind == "recurrent-input" else _OF_PRODUCTS
         return self.form == form.kind or self.form not in meant
 
@@ -132,7 +134,7 @@ class LowRank(Pass):
         """Edits the graph in place."""
         context = context if self.repair else replace(context, activations=None)
         work = dequantized_copy(graph)
-        targets, rules, skips = self._targets(work, _bytes_per_element(graph), context)
+        targets, rules, skips = self._targets(work, {weight.site: weight for weight in weights(graph)}, context)
         skips += _others(graph, [*(target.weight.site for target in targets), *(skip.site for skip in skips)])
         chosen = self._options(work, targets, rules, context)
         cut = {target.weight.site: one for target, one in zip(targets, chosen, strict=True) if one.form is not None}
@@ -143,7 +145,7 @@ class LowRank(Pass):
         return Report(changes, skips, self._notes(*left, len(changes), context) if targets else [], self._missed(*left))
 
     def _targets(
-        self, graph: Graph, bytes_per_element: Mapping[str, float], context: Context
+        self, graph: Graph, originals: Mapping[str, Weight], context: Context
     ) -> tuple[list[Target], list[Rule | None], list[Skip]]:
         macs = _macs(graph, context) if self.macs is not None else {}
         targets, rules, skips = [], [], []
@@ -159,13 +161,15 @@ class LowRank(Pass):
                 skips.append(Skip(weight.site, "holds NaN or infinity"))
             elif self.budget is None and chosen.rule is None:
                 skips.append(Skip(weight.site, "no rank is set for it"))
+            elif self.macs is not None and is_dequantized(originals[weight.site]) and meets_integers(weight):
+                skips.append(Skip(weight.site, "meets quantized activations: pieces would be computed in floating point, not in integers"))
             elif not (mine := [form for form in found if chosen.wants(form, context)]):
                 skips.append(Skip(weight.site, f"cannot be cut in the form {chosen.form}"))
             else:
                 work = sum(macs.get(id(use.node), 0.0) for use in weight.uses)
                 cost = float(work if self.macs is not None else mine[0].whole)
-                price = mine[0].dtype.itemsize / bytes_per_element[weight.site]
-                targets.append(Target(weight, tuple(mine), cost, self.macs is not None, self.block, price))
+                stored = originals[weight.site].constant.nbytes
+                targets.append(Target(weight, tuple(mine), cost, self.macs is not None, self.block, stored))
                 rules.append(chosen.rule)
         return targets, rules, skips
 
@@ -177,7 +181,7 @@ class LowRank(Pass):
         found |= {target.weight.site: one for (target, _), one in zip(ruled, ranked, strict=True)}
         budget, others = self.budget, [target for target, rule in zip(targets, rules, strict=True) if rule is None]
         if budget is not None and others:
-            fitting, probe = folds(graph, context)[0]
+            fitting, probe = folds(graph, context, 1)[0]
             lists = option_lists(graph, others, fitting, probe)
             trials = context.trials if budget[0] == "macs" else None
             if trials is not None:
@@ -191,7 +195,7 @@ class LowRank(Pass):
     def _notes(self, left: float, whole: float, cut: int, context: Context) -> list[str]:
         unit = "macs" if self.macs is not None else "params"
         notes = [f"{unit} x {left / max(whole, 1.0):.3f} of the layers that can be cut, as they came to this pass"]
-        if self.form == "auto" and context.rounded_later:
+        if self.form != "interpolative" and context.rounded_later:
             notes.append("no interpolative pieces, which a later pass that rounds weights would ruin; form=interpolative asks for them")
         if cut and context.activations is None:
             why = "no calibration inputs were left to say what layers meet" if self.repair else "repair is off"
@@ -222,7 +226,7 @@ def _whole(target: Target, rule: Rule | None) -> str:
     if not paying:
         return f"pieces would save nothing, ranks in steps of {target.block} {known}"
     if rule is not None:
-        return f"stays whole: pieces as its rank, share, energy or error asks for would save nothing {known}"
+        return f"stays whole: pieces as {rule.asked} asks for would save nothing {known}"
     slower = ", or pieces take longer" if target.by_work else ""
     return f"stays whole: others lose less for what they save{slower} {known}"
 
@@ -231,8 +235,3 @@ def _others(graph: Graph, named: Sequence[str]) -> list[Skip]:
     """Returns why scales and zero points, which the copy without DequantizeLinear does not have, stay as they are."""
     found = [weight for weight in weights(graph) if weight.site not in named]
     return [Skip(weight.site, weight.obstacle or "belongs to DequantizeLinear") for weight in found]
-
-
-def _bytes_per_element(graph: Graph) -> dict[str, float]:
-    """Returns by site what an element of a weight takes in a file."""
-    return {weight.site: weight.constant.nbytes / weight.constant.size for weight in weights(graph)}

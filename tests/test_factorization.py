@@ -207,17 +207,20 @@ class TestOptions:
         """Where an element of a piece takes more or less than one of the weight; work is the same of either."""
         graph = load(NETWORK)
         for target in targets_of(graph):
-            dear = Target(target.weight, target.forms, target.cost, price=price)
+            stored = round(4 * target.forms[0].whole / price)
+            dear, price = Target(target.weight, target.forms, target.cost, stored=stored), 4 * target.forms[0].whole / stored
+            assert dear.price == price
             for form in target.forms:
                 every = dict.fromkeys(form.at(step / max(form.full)) for step in range(max(form.full), 0, -1))
-                paying = [ranks for ranks in every if price * form.parameters(ranks) < form.whole]
+                cheaper = [ranks for ranks in every if price * form.parameters(ranks) < form.whole]
+                assert dear.break_even(form) == (cheaper[0] if cheaper else (0,) * len(form.full))
+                paying = [ranks for ranks in cheaper if form.nbytes(ranks) + form.node_bytes < stored]
                 assert dear.paying(form) == paying
-                assert dear.break_even(form) == (paying[0] if paying else (0,) * len(form.full))
                 for ranks in paying:
                     assert dear.cost_at(form, ranks) == pytest.approx(price * target.cost_at(form, ranks))
             (options,) = option_lists(graph, [dear], Context(), None)
             assert all(one.cost < target.cost for one in options[1:])
-            work = [Target(target.weight, target.forms, target.cost, by_work=True, price=some) for some in (1.0, price)]
+            work = [Target(target.weight, target.forms, target.cost, by_work=True, stored=some) for some in (0, stored)]
             for form in target.forms:
                 assert work[0].paying(form) == work[1].paying(form)
                 assert work[0].break_even(form) == work[1].break_even(form)

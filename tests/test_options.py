@@ -160,6 +160,7 @@ class TestValues:
         assert str(caught.value).startswith(message)
 
     def test_become_arguments(self) -> None:
+        assert convert_options("sample", Sample, {"least": "none"}) == {"least": None}
         assert convert_options("sample", Sample, {"most-rows": 2, "share": 1, "fast": False}) == {
             "most_rows": 2,
             "share": 1,

@@ -20,7 +20,7 @@ from onnxshrink.graph.weight_values import computed_type, dequantized
 from onnxshrink.graph.weights import Use, Weight, weights
 from onnxshrink.numerics.floatbits import bits_of
 
-__all__ = ["dequantized_copy", "is_dequantized", "obstacle", "store_dequantized"]
+__all__ = ["dequantized_copy", "is_dequantized", "meets_integers", "obstacle", "store_dequantized"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Path = tuple[Node, ...]
@@ -29,6 +29,14 @@ Path = tuple[Node, ...]
 def is_dequantized(weight: Weight) -> bool:
     """Whether a node reads what DequantizeLinear makes of a weight."""
     return any(map(_way, weight.uses))
+
+
+def meets_integers(weight: Weight) -> bool:
+    """Whether nodes multiply a weight with what DequantizeLinear makes of integers: ONNX Runtime computes with these (QDQ format)."""
+    nodes = {id(use.node): use.node for use in weight.uses if use.node is not None}.values()
+    operands = {use.operand for use in weight.uses}
+    others = [tensor for node in nodes for index, tensor in enumerate(node.inputs[:2]) if index not in operands]
+    return any(maker.op == "DequantizeLinear" for tensor in others for maker in tensor.inputs)
 
 
 def obstacle(graph: Graph, weight: Weight) -> str | None:

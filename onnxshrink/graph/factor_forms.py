@@ -38,6 +38,8 @@ from onnxshrink.numerics.low_rank import factor
 
 __all__ = ["Form", "Pieces", "Ranks"]
 
+_NODE_BYTES, _KERNEL_NODE_BYTES = 60, 160  # of a node and its constant beside names: op, attributes, field headers (protobuf encoding)
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Pieces = tuple[Array, ...]
 Ranks = tuple[int, ...]
@@ -89,7 +91,7 @@ class Form:
     def at(self, share: float) -> Ranks:
         """Returns a share of the full ranks, rounded, at least 1 each; of tucker2's neither exceeds what the other can tell apart."""
         ranks = tuple(min(max(round(share * full), 1), full) for full in self.full)
-        if self.name != "tucker2":
+        if self.kind != "tucker2":
             return ranks
         before, after = ranks
         before = min(before, after * self.geometry.positions)
@@ -136,6 +138,13 @@ class Form:
     def nbytes(self, ranks: Ranks) -> int:
         """Returns the bytes of all pieces as they are stored."""
         return sum(raw_nbytes(math.prod(shape), self.dtype) for shape in self.shapes(ranks))
+
+    @property
+    def node_bytes(self) -> int:
+        """About what the nodes that a form adds take in a file, with names."""
+        sites, name = [len(use.node.site) for use in self.weight.uses if use.node is not None], len(self.weight.constant.name)
+        fixed = _KERNEL_NODE_BYTES if self.geometry.is_kernel else _NODE_BYTES
+        return (len(self.runs) - 1) * sum(fixed + 3 * site + 2 * name for site in sites)
 
     def macs(self, ranks: Ranks) -> float:
         """Returns the multiply-accumulates of all pieces where the layer as it is has ``whole``."""

@@ -29,6 +29,8 @@ _ATTRIBUTES = {
     "MatMul": set[str](),
 }
 _RECURRENT = ("GRU", "LSTM", "RNN")  # whatever their attributes are, the gates see the product alone
+_STEPS: Mapping[Storage, int] = {"columns first": 2, "kernel": 1, "recurrent": 1, "rows last": 1, "transposed kernel": 3}
+"""How many steps of a view `onnxshrink.graph.views` makes of an operand that lies so."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,6 @@ def factor_site(graph: Graph, use: Use, shapes: Shapes) -> Site | str:
         return obstacle
     joined = _can_be_joined(graph, node, use.operand, geometry, shapes)
     return Site(geometry, {"two-products": (1.0, 1.0), **({"interpolative": (1.0, 1.0, 1.0)} if joined else {})})
-
-
-_STEPS: Mapping[Storage, int] = {"columns first": 2, "kernel": 1, "recurrent": 1, "rows last": 1, "transposed kernel": 3}
-"""How many steps of a view `onnxshrink.graph.views` makes of an operand that lies so."""
 
 
 def _stores(use: Use, node: Node) -> Storage:

@@ -19,7 +19,7 @@ from scipy import optimize
 from onnxshrink.errors import must
 from onnxshrink.numerics.chunks import Array
 
-__all__ = ["break_even_rank", "evbmf_rank", "rank_at_energy", "stable_rank"]
+__all__ = ["evbmf_rank", "rank_at_energy", "stable_rank"]
 
 _STARTS = 64  # of the free energy, which has several minima, on a logarithmic grid
 
@@ -47,15 +47,6 @@ def rank_at_energy(singular_values: Array, share: float) -> int:
         raise ValueError(must("rank_at_energy", "share", "from 0 to 1", share))
     held = np.cumsum(np.sort(np.asarray(singular_values, np.float64).reshape(-1) ** 2)[::-1])
     return int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))) + 1 if held.size and held[-1] > 0 and share > 0 else 0
-
-
-def break_even_rank(rows: int, columns: int) -> int:
-    """Returns the largest rank whose factors [rows, rank] and [rank, columns] have fewer elements than the matrix; 0 if none has.
-
-    >>> break_even_rank(384, 1536)
-    307
-    """
-    return max((rows * columns - 1) // (rows + columns), 0) if rows and columns else 0
 
 
 def evbmf_rank(singular_values: Array, rows: int, columns: int) -> int:

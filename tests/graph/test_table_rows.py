@@ -1,19 +1,23 @@
-"""Which inputs only choose rows: every way to read one, against what the ONNX operator specification says of it."""
+"""Which inputs only choose rows: every way to read one, against what the ONNX operator specification says of it; and of which values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, parser
 
 from onnxshrink.graph.files import load
-from onnxshrink.graph.table_rows import table_rows
+from onnxshrink.graph.table_rows import Table, table_rows, tables
 from tests import oracle
 
+Array = np.ndarray[Any, np.dtype[Any]]
 HEAD = '<ir_version: 8, opset_import: ["": {}]> '
 CONSTANTS = {
     "table": np.zeros((9, 4), np.float32),
@@ -181,6 +185,9 @@ def test_tables_that_are_not_stored_count_for_nothing() -> None:
     assert rows("y = Gather(x, ids)", inputs=", float[9, 4] x") == {}
     assert rows("y = Gather(table, ids) z = Gather(x, ids)", inputs=", float[9, 4] x") == {}
     assert rows("y = OneHot(ids, d, onoff)", inputs=", int64 d") == {}
+    assert rows("t = DequantizeLinear(codes, s) y = Gather(t, ids)", inputs=", float s") == {}
+    assert rows("t = DequantizeLinear(codes, scale, z) y = Gather(t, ids)", inputs=", uint8 z") == {}
+    assert rows("s = Neg(scale) t = DequantizeLinear(codes, s) y = Gather(t, ids)") == {}
     assert rows("y = Gather(table, ids) z = Gather(short, others)", inputs=", int32[5] others") == {"ids": 9, "others": 5}
 
 
@@ -241,3 +248,108 @@ def test_however_many_nodes_stand_between(chain: Sequence[str], tables: Sequence
     text += " ".join(f"y{index or ''} = Gather({name}, t{at})" for index, (name, at) in enumerate(zip(tables, places, strict=True)))
     text += f" bad = Abs(t{data.draw(st.integers(0, len(chain)))})" if spoiled else ""
     assert rows(text) == ({} if spoiled else {"ids": min(len(CONSTANTS[name]) for name in tables)})
+
+
+NORMAL = np.random.default_rng(0).standard_normal((4, 6, 5))
+STORED: Mapping[str, Array] = {
+    "table": NORMAL[0].astype(np.float32),
+    "half": NORMAL[0].astype(np.float16),
+    "line": NORMAL[0, 0].astype(np.float32),
+    "wide": NORMAL.astype(np.float32),
+    "codes": np.random.default_rng(1).integers(0, 256, (6, 4), np.uint8),
+    "signed": np.random.default_rng(2).integers(-128, 128, (6, 4), np.int8),
+    "huge": np.array([[1e30, -1e30], [1, 2]], np.float32),
+    "scale": np.float32(0.013),
+    "zero": np.uint8(131),
+    "per_row": np.linspace(0.1, 0.9, 6, dtype=np.float32),
+    "per_column": np.linspace(-0.1, 0.9, 4, dtype=np.float32),
+    "blocks": np.linspace(0.1, 0.9, 12, dtype=np.float32).reshape(3, 4),
+    "depth": np.int64(8),
+    "depths": np.array([3]),
+    "onoff": np.array([0, 1], np.float32),
+    "two": np.array([3, 10]),
+    "first": np.array([0]),
+}
+
+
+def looked_up(text: str, opset: int = 21) -> tuple[onnx.ModelProto, list[Table]]:
+    """Returns a model that reads ``ids`` in some way, and the tables that are found of it."""
+    model = parser.parse_model(HEAD.format(opset).replace("ir_version: 8", "ir_version: 10") + f"g (int64[N] ids) => (y) {{ {text} }}")
+    model.graph.initializer.extend(oracle.value(name, array) for name, array in STORED.items() if name in text)
+    return model, tables(load(model))["ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("y = Gather(table, ids)", 0),
+        ("y = Gather(line, ids)", 0),
+        ("y = Gather<axis = 1>(table, ids)", 1),
+        ("y = Gather<axis = -1>(table, ids)", 1),
+        ("y = Gather(wide, ids)", 0),
+        ("y = Gather<axis = 1>(wide, ids)", 1),
+        ("y = Gather<axis = -2>(wide, ids)", 1),
+        ("y = Gather<axis = -1>(wide, ids)", 2),
+        ("y = Gather(half, ids)", 0),
+        ("t = Cast<to = 1>(half) y = Gather(t, ids)", 0),
+        ("t = Cast<to = 10>(table) u = Cast<to = 1>(t) y = Gather(u, ids)", 0),
+        ("t = Cast<to = 10>(huge) y = Gather(t, ids)", 0),
+        ("t = Transpose(table) y = Gather(t, ids)", 0),
+        ("t = Transpose<perm = [2, 0, 1]>(wide) y = Gather<axis = -1>(t, ids)", 2),
+        ("t = Reshape(table, two) y = Gather(t, ids)", 0),
+        ("t = Transpose(table) u = Reshape(t, two) v = Cast<to = 11>(u) y = Gather<axis = -1>(v, ids)", 1),
+        ("t = Unsqueeze(table, first) y = Gather<axis = 1>(t, ids)", 1),
+        ("t = Flatten<axis = 2>(wide) y = Gather(t, ids)", 0),
+        ("t = DequantizeLinear(codes, scale) y = Gather(t, ids)", 0),
+        ("t = DequantizeLinear(codes, scale, zero) y = Gather<axis = 1>(t, ids)", 1),
+        ("t = DequantizeLinear<axis = 0>(signed, per_row) y = Gather(t, ids)", 0),
+        ("t = DequantizeLinear<axis = -1>(signed, per_column) u = Transpose(t) y = Gather(u, ids)", 0),
+        ("u = Transpose(signed) t = DequantizeLinear(u, per_row) y = Gather<axis = -1>(t, ids)", 1),
+        ("t = DequantizeLinear<axis = 0, block_size = 2>(codes, blocks) y = Gather(t, ids)", 0),
+        ("y = OneHot(ids, depth, onoff)", 0),
+        ("y = OneHot(ids, depths, onoff)", 0),
+    ],
+)
+def test_values_are_what_onnx_runtime_gives_for_all_numbers(text: str, axis: int) -> None:
+    model, (table,) = looked_up(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = table.values()
+    (expected,) = oracle.run(oracle.session(model), {"ids": np.arange(table.rows)})
+    np.testing.assert_array_equal(found, np.moveaxis(expected, axis, 0).reshape(table.rows, -1), strict=True)
+    (behind,) = oracle.run(oracle.session(model), {"ids": np.arange(-table.rows, 0)})  # numbers from the end
+    np.testing.assert_array_equal(behind, expected)
+
+
+def test_an_input_has_a_table_for_each_node_that_reads_it() -> None:
+    _, found = looked_up("a = Gather(table, ids) i = Identity(ids) b = Gather<axis = 2>(wide, i) y = OneHot(ids, depth, onoff)")
+    assert sorted((table.node.op, table.rows, table.values().shape) for table in found) == [
+        ("Gather", 5, (5, 24)),
+        ("Gather", 6, (6, 5)),
+        ("OneHot", 8, (8, 8)),
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(columns=st.integers(1, 40), most=st.integers(1, 45), onehot=st.booleans())
+def test_of_many_columns_some_are_taken_evenly(columns: int, most: int, onehot: bool) -> None:
+    nodes = [helper.make_node("OneHot", ["ids", "depth", "onoff"], ["y"]) if onehot else helper.make_node("Gather", ["table", "ids"], ["y"])]
+    values = {"table": np.eye(7, columns), "depth": np.int64(columns + 1), "onoff": np.array([0, 1], np.float32)}
+    stored = [oracle.value(name, array) for name, array in values.items() if name in nodes[0].input]
+    model = oracle.make_model(nodes, [oracle.tensor("ids", [3], TensorProto.INT64)], [oracle.tensor("y", None)], stored)
+    (table,) = tables(load(model))["ids"]
+    full, some = table.values(), table.values(most)
+    assert some.shape == full.shape if full.shape[1] <= most else some.shape[1] <= most < 2 * some.shape[1] + 1
+    assert any(np.array_equal(full[:, ::step], some) for step in range(1, full.shape[1] + 1))
+
+
+def test_of_one_hot_of_many_rows_no_more_is_made_than_asked_for() -> None:
+    """All of it would be 40 GB."""
+    nodes = [helper.make_node("OneHot", ["ids", "depth", "onoff"], ["y"])]
+    stored = [oracle.value("depth", np.int64(100_000)), oracle.value("onoff", np.array([0, 1], np.float32))]
+    model = oracle.make_model(nodes, [oracle.tensor("ids", [3], TensorProto.INT64)], [oracle.tensor("y", None)], stored)
+    (table,) = tables(load(model))["ids"]
+    found = table.values(16)
+    assert found.shape == (100_000, 16)
+    assert (found.argmax(axis=0) == np.arange(16) * 6250).all()
+    assert found.sum() == 16

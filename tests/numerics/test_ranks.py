@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxshrink.numerics.ranks import break_even_rank, evbmf_rank, rank_at_energy, stable_rank
+from onnxshrink.numerics.ranks import evbmf_rank, rank_at_energy, stable_rank
 
 spectra = st.lists(st.floats(0, 100), max_size=12).map(np.array)
 
@@ -27,12 +27,6 @@ def test_the_stable_rank_is_below_the_rank(values):
     assert 0 <= found <= np.count_nonzero(values) * (1 + 1e-9)
     assert stable_rank(np.ones(7)) == 7
     assert stable_rank(np.zeros(7)) == 0
-
-
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_the_break_even_rank_is_the_last_that_is_smaller(rows, columns):
-    found = break_even_rank(rows, columns)
-    assert found == max((rank for rank in range(min(rows, columns) + 1) if rank * (rows + columns) < rows * columns), default=0)
 
 
 @pytest.mark.parametrize("shape", [(100, 300), (300, 100), (120, 120)])

@@ -458,7 +458,7 @@ class TestReasons:
     def test_of_what_its_own_rank_leaves_whole(self, form: str, share: float, known: tuple[int, int]) -> None:
         """Other weights have nothing to do with that."""
         _, report, _ = run(LowRank(share=share, form=form), TWO)
-        whole = "stays whole: pieces as its rank, share, energy or error asks for would save nothing (break-even rank {} of {})"
+        whole = f"stays whole: pieces as share={share:g} asks for would save nothing (break-even rank {{}} of {{}})"
         assert reasons(report) == {"w1": whole.format(known[0], 24), "w2": whole.format(known[1], 20)}
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])

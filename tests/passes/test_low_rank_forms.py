@@ -26,6 +26,7 @@ from tests.passes.test_low_rank import CUT, Array, Clock, details, drift, reason
 from tests.test_factorization import NETWORK, feeds_of
 
 SEQUENCE = (9, 32)
+WIDE = build(["MatMul x w1 -> h", "Relu h -> r", "MatMul r w2 -> y"], SEQUENCE, w1=(32, 96), w2=(96, 48))  # nodes take next to nothing
 NOTE = "no interpolative pieces, which a later pass that rounds weights would ruin; form=interpolative asks for them"
 data = pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
 
@@ -47,7 +48,7 @@ class TestRoundedLater:
         _, other, factors = run(LowRank(form="factors", **options), feeds=feeds)
         assert result.SerializeToString(deterministic=True) == factors.SerializeToString(deterministic=True)
         assert NOTE not in other.notes
-        _, alone, _ = run(LowRank(**options), feeds=feeds)
+        _, alone, _ = run(LowRank(**options), WIDE, feeds=feeds_of(SEQUENCE) if data else None)
         assert "interpolative" in taken(details(alone))
         assert NOTE not in alone.notes
 
