@@ -298,8 +298,8 @@ class TestRandomRows:
 
     def test_are_told_of_exactly_where_they_were_looked_at(self) -> None:
         few, fit = sentences(12), Sparsify(sparsity=0.5, scope="layer", pack=False)
-        assert self.notes(reader(), fit, calibration=few) == [self.NOTE.format(4 * 9)]
-        assert self.notes(reader(), fit, calibration=few[:8], validation=few[8:]) == [self.NOTE.format(4 * 8)]
+        assert self.notes(reader(), fit, calibration=few) == [self.NOTE.format(2 * 9)]
+        assert self.notes(reader(), fit, calibration=few[:8], validation=few[8:]) == [self.NOTE.format(2 * 8)]
         assert self.notes(reader(), Tidy(), calibration=few) == []  # fits nothing
         assert self.notes(reader(), fit) == []  # nothing to copy
         assert self.notes(reader(), fit, validation=few) == []
